@@ -1,0 +1,277 @@
+"""The `internlm` command.
+
+Every command takes `--json`: exactly one JSON object on stdout, progress on stderr. Exit codes:
+0 done, 1 failed, 2 bad input, 3 verdict failed, 4 verdict inconclusive or not comparable. Heavy
+imports are inside the commands, so that `--help` is quick.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from internlm_lib.errors import KitError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    help="Reproduce InternLM training on NPUs, GPUs or a plain CPU, and prove what came out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Params = Annotated[Path, typer.Argument(help="Params file, e.g. params/tiny.yaml.")]
+RunName = Annotated[str | None, typer.Option(help="Name of the run, instead of the params file's.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override of one key, e.g. training.lr=1e-5; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine and environment; each finding comes with its fix."""
+    from internlm_lib.doctor import examine, print_findings
+
+    with _stdout_for_json(as_json):
+        findings = examine()
+    failed = any(finding.status == "fail" for finding in findings)
+    if as_json:
+        _print_json({"ok": not failed, "findings": [vars(finding) for finding in findings]})
+    else:
+        print_findings(findings, _console())
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def run(
+    params: Params,
+    run_name: RunName = None,
+    assignments: Assignments = None,
+    only: Annotated[
+        str | None, typer.Option(help="Only these stages, e.g. 03_train,04_compare.")
+    ] = None,
+    start_from: Annotated[
+        str | None, typer.Option("--from", help="Leave out the stages before this one.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Run stages that have not changed, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the six notebooks; skips what has not changed, resumes what failed."""
+    with _reported(as_json):
+        from internlm_lib.experiment.load import parse_assignments
+        from internlm_lib.pipeline import run_pipeline
+        from internlm_lib.progress import RunProgress, print_failure, print_summary
+
+        progress = _console(stderr=True)
+        with _stdout_for_json(as_json):
+            summary = run_pipeline(
+                params,
+                run_name=run_name,
+                overrides=parse_assignments(assignments or []),
+                only=[name.strip() for name in only.split(",")] if only else (),
+                start_from=start_from,
+                force=force,
+                on_event=RunProgress(progress).show,
+            )
+            print_summary(summary, progress if as_json else _console())
+        if as_json:
+            _print_json(summary)
+        if error := summary.get("error"):
+            print_failure(error, progress)
+            raise typer.Exit(error["exit_code"])
+
+
+@app.command()
+def prepare(
+    params: Params,
+    run_name: RunName = None,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 01 without a notebook: tokenizer and token files."""
+    _run_stage("prepare", params, run_name, assignments, as_json)
+
+
+@app.command()
+def train(
+    params: Params,
+    run_name: RunName = None,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 03 without a notebook: train the reference, if there is one, and the candidate."""
+    _run_stage("train", params, run_name, assignments, as_json)
+
+
+@app.command()
+def infer(
+    params: Params,
+    run_name: RunName = None,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 05 without a notebook: greedy text from the trained weights."""
+    _run_stage("infer", params, run_name, assignments, as_json)
+
+
+@app.command()
+def evaluate(
+    params: Params,
+    run_name: RunName = None,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 06 without a notebook: the multiple-choice questions, before and after training."""
+    _run_stage("evaluate", params, run_name, assignments, as_json)
+
+
+@app.command("compare-stage")
+def compare_stage(
+    params: Params,
+    run_name: RunName = None,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+) -> None:
+    """Stage 04 without a notebook: this run's candidate against its reference."""
+
+    def check(result: Mapping[str, Any]) -> None:
+        from internlm_lib.stages.compare import check_verdict
+
+        print(check_verdict(result), file=sys.stderr)
+
+    _run_stage("compare", params, run_name, assignments, as_json, check)
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
+    """Open the MLflow user interface on this kit's own store; stop it with Ctrl-C."""
+    from internlm_lib.run_folder import project_root
+    from internlm_lib.tracking.mlflow_store import store_uri
+
+    root = project_root()
+    (root / "mlflow").mkdir(exist_ok=True)
+    print(f"MLflow on http://127.0.0.1:{port} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store_uri(root)]
+    address = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    os.execv(sys.executable, [*command, *address])
+
+
+@app.command()
+def sync(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="All runs by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send to MLflow what an outage left behind, each point once."""
+    with _reported(as_json):
+        from internlm_lib.run_folder import RunFolder, project_root
+        from internlm_lib.tracking.mlflow_replica import sync as sync_run
+
+        found = (project_root() / "runs").glob("*/experiment.yaml")
+        names = [name] if name else sorted(path.parent.name for path in found)
+        with _stdout_for_json(as_json):
+            sent = {run: sync_run(RunFolder.of(run)) for run in names}
+        if as_json:
+            _print_json({"events_sent": sent})
+        for run, count in sent.items():
+            print(f"{run}: {count} events sent", file=sys.stderr)
+
+
+def main() -> None:
+    app()
+
+
+def _run_stage(
+    module: str,
+    params: Path,
+    run_name: str | None,
+    assignments: list[str] | None,
+    as_json: bool,
+    check: Callable[[Mapping[str, Any]], None] = lambda result: None,
+) -> None:
+    """Run one stage in this process; prints its status record."""
+    with _reported(as_json):
+        from importlib import import_module
+
+        from internlm_lib.experiment.load import load_experiment, parse_assignments
+        from internlm_lib.run_folder import RunFolder
+        from internlm_lib.stages.stage import STAGES, begin_stage
+
+        named, experiment = load_experiment(params, parse_assignments(assignments or []))
+        name = next(stage for stage in STAGES if stage.endswith(f"_{module}"))
+        stage = begin_stage(name, RunFolder.of(run_name or named), experiment)
+        with _stdout_for_json(as_json):
+            try:
+                status = stage.finish(import_module(f"internlm_lib.stages.{module}").run(stage))
+                check(status["result"])
+            except BaseException as error:
+                stage.fail(error)
+                raise
+        if as_json:
+            _print_json({"run": stage.folder.name, **status})
+        else:
+            _console().print_json(json.dumps(status["result"]))
+
+
+@contextlib.contextmanager
+def _reported(as_json: bool) -> Iterator[None]:
+    """Print a KitError without a traceback, and leave with its exit code."""
+    try:
+        yield
+    except KitError as error:
+        print(f"internlm: {error}", file=sys.stderr)
+        kind, code = type(error).__name__, error.exit_code
+        message = str(error)
+    except KeyboardInterrupt:
+        print("internlm: stopped", file=sys.stderr)
+        kind, code, message = "Interrupted", 1, "stopped by a signal"
+    else:
+        return
+    if as_json:
+        _print_json({"error": {"kind": kind, "message": message, "exit_code": code}})
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _stdout_for_json(as_json: bool) -> Iterator[None]:
+    """With `--json`, whatever the work prints goes to stderr: stdout holds the object alone.
+
+    Kernels and ranks inherit the file descriptor, so it is redirected, too.
+    """
+    if not as_json:
+        yield
+        return
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    print(json.dumps(value, default=str), flush=True)
+
+
+def _console(stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+if __name__ == "__main__":
+    main()

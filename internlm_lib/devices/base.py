@@ -1,0 +1,80 @@
+"""What the rest of the kit may ask of a device. One implementation per device, no global state."""
+
+import abc
+from typing import TYPE_CHECKING
+
+from internlm_lib.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Device(abc.ABC):
+    """One kind of device, seen from one rank."""
+
+    name: str
+    """`cpu`, `cuda` or `npu`: also torch's device type."""
+    backend: str
+    """torch.distributed backend that ranks on this device talk through."""
+
+    @abc.abstractmethod
+    def available(self) -> bool:
+        """Whether this machine can run on it now."""
+
+    @abc.abstractmethod
+    def count(self) -> int | None:
+        """Devices on this machine; None where ranks do not own one each (cpu)."""
+
+    @abc.abstractmethod
+    def bind(self, local_rank: int) -> None:
+        """Make the device of this local rank current."""
+
+    @abc.abstractmethod
+    def current(self) -> "torch.device":
+        """The device this rank is bound to."""
+
+    @abc.abstractmethod
+    def description(self) -> str:
+        """Product name, e.g. `NVIDIA H100 80GB HBM3` or the processor's."""
+
+    @abc.abstractmethod
+    def synchronize(self) -> None:
+        """Wait until all queued work is done, so that a clock may be read."""
+
+    @abc.abstractmethod
+    def peak_memory_bytes(self) -> int:
+        """Highest memory this rank has held: allocated device memory, or resident memory on cpu."""
+
+    @abc.abstractmethod
+    def adapt_megatron(self) -> None:
+        """Make megatron-core run on this device. Call before anything imports `megatron`."""
+
+
+def select_device(name: str = "auto") -> Device:
+    """The device asked for, or with `auto` the first present of npu, cuda, cpu.
+
+    Raises InputError if the device asked for is not usable on this machine.
+    """
+    from internlm_lib.devices.cpu import CpuDevice
+    from internlm_lib.devices.cuda import CudaDevice
+    from internlm_lib.devices.npu import NpuDevice
+
+    devices: list[Device] = [NpuDevice(), CudaDevice(), CpuDevice()]
+    found = [device for device in devices if device.available()]
+    for device in found:
+        if name in ("auto", device.name):
+            return device
+    raise InputError(
+        f"parallel.device = {name!r} is not usable here; found: "
+        f"{', '.join(d.name for d in found)}. Use one of these or auto; `internlm doctor` says more"
+    )
+
+
+def check_world_size(device: Device, world_size: int, key: str) -> None:
+    """Raises InputError if a layout asks for more ranks than this node has devices."""
+    count = device.count()
+    if count is not None and world_size > count:
+        raise InputError(
+            f"{key} needs {world_size} {device.name} devices "
+            f"(tensor × pipeline × data parallel size), this node has {count}; lower the sizes"
+        )

@@ -1,0 +1,188 @@
+"""megatron-core on a CPU: every point where it insists on CUDA, and what stands there instead.
+
+megatron's modules reach CUDA through their module-global name `torch`. After all of them are
+imported, that name is rebound to a proxy; `torch` itself, and everyone else's, stays as it is.
+Three points lie deeper and are adapted one by one (`_CONSTANTS`, `_RNG`). All points:
+
+| point                                                | stands in for it                         |
+|------------------------------------------------------|------------------------------------------|
+| torch.cuda.current_device                            | torch.device("cpu")                      |
+| torch.cuda.synchronize, empty_cache, set_device      | nothing to do                            |
+| torch.cuda.device_count                              | 1                                        |
+| torch.cuda streams and events                        | null objects                             |
+| torch.cuda RNG state, manual_seed                    | the CPU generator                        |
+| torch.tensor, zeros, ones … with device="cuda"       | the same on "cpu"                        |
+| tensor_parallel.random._set/_get_cuda_rng_state      | the CPU generator                        |
+| `param.type() == "torch.cuda.FloatTensor"` constants | "torch.FloatTensor" (same for half, bf16)|
+"""
+
+import contextlib
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from internlm_lib.devices.megatron_modules import import_megatron
+
+_FACTORIES = (
+    "tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint",
+    "zeros_like", "ones_like", "empty_like", "full_like",
+)  # fmt: skip
+_CPU_TENSOR_TYPES = {
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
+
+
+def adapt() -> None:
+    """Import megatron-core and adapt it; a second call does nothing new."""
+    import_megatron()
+    _rebind_torch()
+    _rebind_rng()
+    _swap_tensor_types()
+
+
+class _NullStream:
+    """Stands for a CUDA stream or event: there is one queue, and it is always drained."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+class CpuInPlaceOfCuda(types.ModuleType):
+    """`torch.cuda` as megatron's modules see it; names not listed are torch.cuda's own."""
+
+    Stream = Event = _NullStream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def set_device(device: Any) -> None: ...
+
+    @staticmethod
+    def synchronize(device: Any = None) -> None: ...
+
+    @staticmethod
+    def empty_cache() -> None: ...
+
+    @staticmethod
+    def current_stream(device: Any = None) -> _NullStream:
+        return _NullStream()
+
+    default_stream = current_stream
+
+    @staticmethod
+    @contextlib.contextmanager
+    def stream(stream: Any) -> Iterator[None]:
+        yield
+
+    @staticmethod
+    def get_rng_state(device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    @staticmethod
+    def manual_seed(seed: int) -> None:
+        torch.manual_seed(seed)
+
+
+class TorchOnCpu(types.ModuleType):
+    """`torch` as megatron's modules see it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "cuda" in str(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return create
+
+
+@functools.cache
+def _proxy() -> TorchOnCpu:
+    proxy = TorchOnCpu("torch")
+    proxy.cuda = CpuInPlaceOfCuda("torch.cuda")  # type: ignore[attr-defined]
+    for name in _FACTORIES:
+        setattr(proxy, name, _on_cpu(getattr(torch, name)))
+    return proxy
+
+
+def megatron_modules() -> list[types.ModuleType]:
+    """All loaded modules of megatron-core."""
+    return [m for name, m in list(sys.modules.items()) if name.startswith("megatron.core") and m]
+
+
+def _rebind_torch() -> None:
+    for module in megatron_modules():
+        if vars(module).get("torch") is torch:
+            module.torch = _proxy()  # type: ignore[attr-defined]
+
+
+def _rebind_rng() -> None:
+    from megatron.core.tensor_parallel import random
+
+    def set_state(state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(state)
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Any:
+        return torch.get_rng_state()
+
+    random._set_cuda_rng_state = set_state
+    random._get_cuda_rng_state = get_state
+
+
+def _swap_tensor_types() -> None:
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    functions = [
+        clip_grads.clip_grad_by_total_norm_fp32,
+        optimizer.Float16OptimizerWithFloat16Params.__init__,
+        *_methods(distrib_optimizer.DistributedOptimizer),
+    ]
+    for function in functions:
+        function.__code__ = _with_cpu_types(function.__code__)
+
+
+def _methods(cls: type) -> list[types.FunctionType]:
+    plain = (inspect.unwrap(getattr(v, "__func__", v)) for v in vars(cls).values())
+    return [function for function in plain if isinstance(function, types.FunctionType)]
+
+
+def _with_cpu_types(value: Any) -> Any:
+    """The same constant or code object with CUDA tensor type names replaced, at any depth."""
+    if isinstance(value, types.CodeType):
+        return value.replace(co_consts=tuple(_with_cpu_types(c) for c in value.co_consts))
+    if isinstance(value, (tuple, frozenset)):
+        return type(value)(_with_cpu_types(item) for item in value)
+    return _CPU_TENSOR_TYPES.get(value, value) if isinstance(value, str) else value

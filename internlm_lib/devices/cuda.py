@@ -1,0 +1,52 @@
+"""NVIDIA GPUs. megatron-core is written for them: nothing is adapted."""
+
+from typing import TYPE_CHECKING
+
+from internlm_lib.devices.base import Device
+from internlm_lib.devices.megatron_modules import import_megatron
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CudaDevice(Device):
+    name = "cuda"
+    backend = "nccl"
+
+    def available(self) -> bool:
+        import torch
+
+        return torch.cuda.is_available()
+
+    def count(self) -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    def bind(self, local_rank: int) -> None:
+        import torch
+
+        torch.cuda.set_device(local_rank)
+
+    def current(self) -> "torch.device":
+        import torch
+
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def description(self) -> str:
+        import torch
+
+        return torch.cuda.get_device_name()
+
+    def synchronize(self) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+
+    def adapt_megatron(self) -> None:
+        import_megatron()

@@ -1,0 +1,168 @@
+"""Rules between fields of an experiment: what must divide what, what excludes what.
+
+A rule names the fields it reads, so that it is skipped when one of them could not be read, and
+yields one message per violation: the key, the value found, what is allowed, what to do.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from internlm_lib.experiment.schema import ROLES, Experiment, Layout
+
+
+@dataclass(frozen=True)
+class Rule:
+    reads: tuple[str, ...]
+    check: Callable[[Experiment], Iterator[str]]
+
+
+RULES: list[Rule] = []
+
+
+def _rule(*reads: str) -> Callable[[Callable[[Experiment], Iterator[str]]], None]:
+    def register(check: Callable[[Experiment], Iterator[str]]) -> None:
+        RULES.append(Rule(reads, check))
+
+    return register
+
+
+def broken_rules(experiment: Experiment, unreadable: set[str]) -> list[str]:
+    """Messages of all rules that fail; rules that read an `unreadable` key are left out."""
+    usable = (
+        rule
+        for rule in RULES
+        if not any(bad == key or bad.startswith(key + ".") for key in rule.reads for bad in unreadable)
+    )
+    return [message for rule in usable for message in rule.check(experiment)]
+
+
+def _layouts(experiment: Experiment) -> Iterator[tuple[str, Layout]]:
+    for role in ROLES:
+        if layout := experiment.parallel.layout(role):
+            yield f"parallel.{role}", layout
+
+
+def _must_divide(whole_key: str, whole: int, part_key: str, part: int) -> Iterator[str]:
+    if whole % part:
+        allowed = [d for d in range(1, min(whole, 128) + 1) if whole % d == 0]
+        yield (
+            f"{whole_key} = {whole} is not a multiple of {part_key} = {part}; "
+            f"choose a divisor of {whole}: {', '.join(map(str, allowed))}"
+        )
+
+
+@_rule("model.hidden_size", "model.num_attention_heads")
+def _heads_divide_hidden(e: Experiment) -> Iterator[str]:
+    yield from _must_divide(
+        "model.hidden_size", e.model.hidden_size,
+        "model.num_attention_heads", e.model.num_attention_heads,
+    )  # fmt: skip
+    if e.model.hidden_size % e.model.num_attention_heads == 0 and e.model.head_dim % 2:
+        yield (
+            f"model.hidden_size / model.num_attention_heads = {e.model.head_dim} is odd; "
+            "rotary embeddings need an even head dimension"
+        )
+
+
+@_rule("parallel.candidate", "parallel.reference", "model.num_attention_heads",
+       "model.ffn_hidden_size", "model.num_layers")  # fmt: skip
+def _layout_divides_model(e: Experiment) -> Iterator[str]:
+    for key, layout in _layouts(e):
+        tensor = (f"{key}.tensor_model_parallel_size", layout.tensor_model_parallel_size)
+        pipeline = (f"{key}.pipeline_model_parallel_size", layout.pipeline_model_parallel_size)
+        yield from _must_divide("model.num_attention_heads", e.model.num_attention_heads, *tensor)
+        yield from _must_divide("model.ffn_hidden_size", e.model.ffn_hidden_size, *tensor)
+        yield from _must_divide("model.num_layers", e.model.num_layers, *pipeline)
+
+
+@_rule("parallel.candidate", "parallel.reference", "training.seq_length")
+def _sequence_parallel(e: Experiment) -> Iterator[str]:
+    for key, layout in _layouts(e):
+        if not layout.sequence_parallel:
+            continue
+        if layout.tensor_model_parallel_size == 1:
+            yield (
+                f"{key}.sequence_parallel = true needs {key}.tensor_model_parallel_size above 1 "
+                "(it splits activations over the tensor parallel ranks); raise one or drop the other"
+            )
+        yield from _must_divide(
+            "training.seq_length", e.training.seq_length,
+            f"{key}.tensor_model_parallel_size", layout.tensor_model_parallel_size,
+        )  # fmt: skip
+
+
+@_rule("parallel.candidate", "parallel.reference")
+def _engine_options(e: Experiment) -> Iterator[str]:
+    for key, layout in _layouts(e):
+        if layout.engine == "megatron" and layout.zero_stage:
+            yield (
+                f"{key}.zero_stage = {layout.zero_stage} belongs to engine deepspeed; set "
+                f"{key}.engine: deepspeed, or use_distributed_optimizer: true (megatron's ZeRO-1)"
+            )
+        if layout.engine == "deepspeed" and layout.zero_stage == 0:
+            yield f"{key}.zero_stage = 0 with engine deepspeed; choose 1, 2 or 3"
+        if layout.engine == "deepspeed" and layout.pipeline_model_parallel_size > 1:
+            yield (
+                f"{key}.pipeline_model_parallel_size = {layout.pipeline_model_parallel_size} with "
+                "engine deepspeed; only engine megatron has pipeline stages: use 1 or megatron"
+            )
+
+
+@_rule("parallel.candidate", "parallel.reference", "training.micro_batch_size",
+       "training.global_batch_size")  # fmt: skip
+def _batch_divides(e: Experiment) -> Iterator[str]:
+    for key, layout in _layouts(e):
+        step = e.training.micro_batch_size * layout.data_parallel_size
+        below = e.training.global_batch_size // step * step
+        if e.training.global_batch_size % step:
+            allowed = f"{below} or {below + step}" if below else f"{step}"
+            yield (
+                f"training.global_batch_size = {e.training.global_batch_size} is not a multiple of "
+                f"{step} (training.micro_batch_size {e.training.micro_batch_size} × "
+                f"{key}.data_parallel_size {layout.data_parallel_size}); use {allowed}"
+            )
+
+
+@_rule("training.seq_length", "model.max_position_embeddings")
+def _sequence_fits(e: Experiment) -> Iterator[str]:
+    if e.training.seq_length > e.model.max_position_embeddings:
+        yield (
+            f"training.seq_length = {e.training.seq_length} exceeds model.max_position_embeddings "
+            f"= {e.model.max_position_embeddings}; shorten the sequence or raise the limit"
+        )
+
+
+@_rule("training.lr", "training.min_lr")
+def _learning_rates(e: Experiment) -> Iterator[str]:
+    if e.training.min_lr > e.training.lr:
+        yield (
+            f"training.min_lr = {e.training.min_lr} exceeds training.lr = {e.training.lr}; "
+            "the schedule falls from lr to min_lr: lower min_lr or raise lr"
+        )
+
+
+@_rule("training.recompute_granularity", "training.auto_recompute_device_size")
+def _one_recompute(e: Experiment) -> Iterator[str]:
+    if e.training.recompute_granularity and e.training.auto_recompute_device_size:
+        yield (
+            "training.recompute_granularity and training.auto_recompute_device_size are both set; "
+            "the second chooses what to recompute: set one of them to null"
+        )
+
+
+@_rule("parallel.reference", "parallel.reference_run")
+def _one_reference(e: Experiment) -> Iterator[str]:
+    if e.parallel.reference and e.parallel.reference_run:
+        yield (
+            "parallel.reference and parallel.reference_run are both set; the reference is either "
+            "trained here or taken from another run: set one of them to null"
+        )
+
+
+@_rule("data.tokenizer_model", "model.vocab_size")
+def _vocabulary_can_be_trained(e: Experiment) -> Iterator[str]:
+    if e.data.tokenizer_model is None and e.model.vocab_size < 300:
+        yield (
+            f"model.vocab_size = {e.model.vocab_size} is too small to train a tokenizer: 3 control "
+            "pieces and 256 bytes come first; use at least 300, or give data.tokenizer_model"
+        )

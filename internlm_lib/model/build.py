@@ -1,0 +1,111 @@
+"""One rank's part of an InternLM, as megatron-core's GPTModel.
+
+Import only after `Device.adapt_megatron()`.
+"""
+
+import math
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from internlm_lib.devices import Device
+from internlm_lib.experiment.schema import Layout, ModelSection, TrainingSection
+from internlm_lib.model.spec import layer_spec, norm_spec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def padded_vocab_size(model: ModelSection, tensor_model_parallel_size: int) -> int:
+    """Rows of the embedding: vocab_size up to a multiple of divisor × tensor parallel size."""
+    multiple = model.make_vocab_size_divisible_by * tensor_model_parallel_size
+    return math.ceil(model.vocab_size / multiple) * multiple
+
+
+def build_gpt_model(
+    model: ModelSection,
+    layout: Layout,
+    training: TrainingSection,
+    device: Device,
+    *,
+    recompute_num_layers: int = 0,
+) -> GPTModel:
+    """This rank's layers on its device, weights undefined until some are loaded.
+
+    Args:
+        recompute_num_layers: layers of this stage whose activations are recomputed (with
+            `auto_recompute_device_size`); `training.recompute_granularity` concerns all layers.
+    """
+    config = transformer_config(model, layout, training, device, recompute_num_layers)
+    spec = layer_spec(
+        attention_bias=model.attention_bias,
+        use_flash_attn=training.use_flash_attn,
+        use_fused_rmsnorm=training.use_fused_rmsnorm,
+    )
+    gpt = GPTModel(
+        config=config,
+        transformer_layer_spec=_block_spec(config, spec, training.use_fused_rmsnorm),
+        vocab_size=padded_vocab_size(model, layout.tensor_model_parallel_size),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+    )
+    return gpt.to(device=device.current(), dtype=DTYPES[training.precision])
+
+
+def transformer_config(
+    model: ModelSection,
+    layout: Layout,
+    training: TrainingSection,
+    device: Device,
+    recompute_num_layers: int = 0,
+) -> TransformerConfig:
+    """megatron-core's configuration of an InternLM; its fusions that need CUDA or Apex are off."""
+    full = training.recompute_granularity == "full"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.attention_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_method_std,
+        perform_initialization=False,
+        use_cpu_initialization=device.name == "cpu",
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        bf16=training.precision == "bf16",
+        params_dtype=DTYPES[training.precision],
+        pipeline_dtype=DTYPES[training.precision],
+        recompute_granularity="full" if recompute_num_layers else training.recompute_granularity,
+        recompute_method="block" if recompute_num_layers else "uniform" if full else None,
+        recompute_num_layers=recompute_num_layers or (1 if full else None),
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        # Pipeline neighbours exchange tensors one by one: gloo has no batched device-side order.
+        batch_p2p_comm=device.name != "cpu",
+    )
+
+
+def _block_spec(
+    config: TransformerConfig, spec: object, use_fused_rmsnorm: bool
+) -> TransformerBlockSubmodules:
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    layers = [spec] * (config.num_layers // stages)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_spec(use_fused_rmsnorm))

@@ -1,0 +1,171 @@
+"""What a notebook shows: settings, tables, figures, one live line. Nothing is computed here."""
+
+import html
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from internlm_lib.reporting.page import format_number
+from internlm_lib.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from IPython.display import DisplayHandle, Image
+    from pandas import DataFrame
+
+_SECONDS_BETWEEN_LINES = 10.0
+_NUMBER = "text-align:right;font-variant-numeric:tabular-nums"
+_TEXT = "text-align:left;white-space:pre-wrap;overflow-wrap:anywhere"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under column names, shown as HTML in a notebook and as aligned text elsewhere."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    caption: str = ""
+
+    def _repr_html_(self) -> str:
+        numeric = self._numeric_columns()
+        styles = [_NUMBER if number else _TEXT for number in numeric]
+        head = _html_cells("th", self.columns, styles)
+        body = "\n".join(
+            f"<tr>{_html_cells('td', [_text(v) for v in row], styles)}</tr>" for row in self.rows
+        )
+        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        return (
+            f"<table>{caption}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+        )
+
+    def __repr__(self) -> str:
+        cells = [self.columns, *(tuple(_text(v) for v in row) for row in self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+        numeric = self._numeric_columns()
+        lines = [
+            "  ".join(
+                text.rjust(width) if number else text.ljust(width)
+                for text, width, number in zip(row, widths, numeric, strict=True)
+            ).rstrip()
+            for row in cells
+        ]
+        return "\n".join([self.caption, *lines] if self.caption else lines)
+
+    def _numeric_columns(self) -> list[bool]:
+        """Whether all values of a column that are there are numbers."""
+        columns = [[row[i] for row in self.rows] for i in range(len(self.columns))]
+        return [
+            any(_is_number(v) for v in column) and all(v is None or _is_number(v) for v in column)
+            for column in columns
+        ]
+
+
+def table(rows: "Sequence[Mapping[str, Any]] | DataFrame", caption: str = "") -> Table:
+    """A table of one row per mapping; a key that a row lacks is shown as an empty cell."""
+    if not isinstance(rows, Sequence):
+        rows = rows.to_dict("records")
+    columns = list(dict.fromkeys(str(key) for row in rows for key in row))
+    values = tuple(tuple(row.get(column) for column in columns) for row in rows)
+    return Table(tuple(name.replace("_", " ") for name in columns), values, caption)
+
+
+def show_settings(stage: Stage, sections: Sequence[str]) -> Table:
+    """The resolved values of an experiment's sections, one row per key, e.g. `training.lr`.
+
+    Numbers are shown as they are, not rounded: this is what the stage is going to use.
+    """
+    resolved = stage.experiment.model_dump(mode="json", include=set(sections))
+    rows = [
+        {"setting": key, "value": "none" if value is None else str(value)}
+        for section in sections
+        for key, value in _leaves(resolved[section], section)
+    ]
+    return table(rows, caption=f"{stage.name} of run {stage.folder.name}")
+
+
+def figure(path: Path) -> "Image":
+    """A picture that a stage has drawn, embedded in the notebook."""
+    from IPython.display import Image
+
+    return Image(filename=str(path), alt=path.stem.replace("_", " "))
+
+
+class LiveLine:
+    """One line of progress, updated in place: call it with the new text.
+
+    In a notebook the line is one output that is replaced, so that the saved file stays small. On
+    a terminal it is rewritten on stderr. Elsewhere (a log file) a line is written every 10 s.
+    Used as a context manager, or closed, it leaves a terminal at the start of a fresh line.
+    """
+
+    def __init__(self) -> None:
+        self._kernel = _in_kernel()
+        self._handle: DisplayHandle | None = None
+        self._text = ""
+        self._written = float("-inf")
+
+    def __call__(self, text: str) -> None:
+        if text == self._text:
+            return
+        self._text = text
+        if self._kernel:
+            self._show(text)
+        elif sys.stderr.isatty():
+            print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._written >= _SECONDS_BETWEEN_LINES:
+            self._written = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the line on a terminal; the last text stays."""
+        if self._text and not self._kernel and sys.stderr.isatty():
+            print(file=sys.stderr)
+
+    def __enter__(self) -> "LiveLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _show(self, text: str) -> None:
+        from IPython.display import display
+
+        line = {"text/plain": text}
+        if self._handle is None:
+            self._handle = display(line, raw=True, display_id=True)
+        else:
+            self._handle.update(line, raw=True)
+
+
+def _in_kernel() -> bool:
+    """Whether this runs in a Jupyter kernel, without importing IPython where it is not loaded."""
+    module = sys.modules.get("IPython")
+    shell = module.get_ipython() if module else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            leaves += _leaves(value, f"{prefix}.{key}")
+        else:
+            leaves.append((f"{prefix}.{key}", value))
+    return leaves
+
+
+def _html_cells(tag: str, texts: Sequence[str], styles: Sequence[str]) -> str:
+    return "".join(
+        f'<{tag} style="{style}">{html.escape(text)}</{tag}>'
+        for text, style in zip(texts, styles, strict=True)
+    )
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else format_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

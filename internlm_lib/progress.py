@@ -1,0 +1,162 @@
+"""What `internlm run` tells on the terminal: a line per stage, a live line, the closing table."""
+
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from internlm_lib.errors import InputError
+from internlm_lib.experiment.schema import ROLES
+from internlm_lib.journal import read_journal
+from internlm_lib.notebook import LiveLine
+from internlm_lib.pipeline import Event
+from internlm_lib.reporting.page import format_number
+from internlm_lib.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_REFRESH_SECONDS = 1.0
+_COLOURS = {"done": "green", "failed": "red", "unchanged": "cyan"}
+
+
+class RunProgress:
+    """Shows a pipeline's events on stderr; give `self.show` to it as `on_event`."""
+
+    def __init__(self, console: "Console") -> None:
+        self.console = console
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def show(self, event: Event) -> None:
+        self._stop_live_line()
+        if event.status == "running":
+            self._start_live_line(event)
+            return
+        mark = f"[{_COLOURS[event.status]}]{event.status:<9}[/]"
+        note = "skipped, nothing it reads has changed" if event.status == "unchanged" else ""
+        seconds = f"{event.seconds:7.1f} s" if event.status != "unchanged" else ""
+        self.console.print(f"{event.stage:<12} {mark} {seconds} {note}".rstrip(), highlight=False)
+
+    def _start_live_line(self, event: Event) -> None:
+        if event.detail:
+            self.console.print(f"{event.stage:<12} runs again, {event.detail}", style="dim")
+        self._over.clear()
+        self._thread = threading.Thread(target=self._live, args=(event,), daemon=True)
+        self._thread.start()
+
+    def _stop_live_line(self) -> None:
+        if self._thread is not None:
+            self._over.set()
+            self._thread.join()
+            self._thread = None
+            if sys.stderr.isatty():
+                print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+    def _live(self, event: Event) -> None:
+        started, line, training = time.time(), LiveLine(), TrainingProgress(event.folder)
+        while not self._over.wait(_REFRESH_SECONDS):
+            text = f"{event.stage:<12} {clock(time.time() - started)}"
+            line(f"{text}  {training.text(since=started)}".rstrip())
+
+
+class TrainingProgress:
+    """Follows the training journals of a run while it trains, reading each line once."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._journals: dict[str, Path] = {r: folder.training(r).journal for r in ROLES}
+        self._offsets: dict[str, int] = dict.fromkeys(ROLES, 0)
+        self._starts: dict[str, dict[str, Any]] = {}
+        self._steps: dict[str, dict[str, Any]] = {}
+
+    def text(self, since: float) -> str:
+        """The latest step written after `since`, e.g. `candidate: step 57/200, loss 2.31 …`."""
+        for role, journal in self._journals.items():
+            self._read(role, journal)
+        latest = [role for role in self._steps if self._steps[role]["time"] >= since]
+        if not latest:
+            return ""
+        role = max(latest, key=lambda name: self._steps[name]["time"])
+        return f"{role}: {step_text(self._starts[role], self._steps[role])}"
+
+    def _read(self, role: str, journal: Path) -> None:
+        try:
+            for event, offset in read_journal(journal, self._offsets[role]):
+                self._offsets[role] = offset
+                if event["event"] == "start":
+                    self._starts[role] = event
+                elif event["event"] == "step" and role in self._starts:
+                    self._steps[role] = event
+        except InputError:  # a damaged journal is the stage's to report, not the display's
+            return
+
+
+def step_text(start: Mapping[str, Any], step: Mapping[str, Any]) -> str:
+    """One training step in words, from the journal's `start` and `step` events."""
+    number, total = step["step"], start["train_iters"]
+    rate = step["tokens_per_second_per_device"] * start["world_size"]
+    left = (total - number) * (step["time"] - start["time"]) / (number - start["first_step"] + 1)
+    return (
+        f"step {number}/{total}, loss {step['loss']:.3f}, {rate:,.0f} tokens/s, {clock(left)} left"
+    )
+
+
+def clock(seconds: float) -> str:
+    """`1:23`, or `1:02:03` from an hour on."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def print_summary(summary: Mapping[str, Any], console: "Console") -> None:
+    """The closing table: what was trained, whether it agrees, what it learnt, where to look."""
+    from rich.table import Table
+
+    grid = Table(title=f"run {summary['run']}", show_header=False, title_justify="left")
+    for label, text in _summary_rows(summary):
+        grid.add_row(label, text)
+    console.print(grid)
+    console.print(f"report   {summary['report']}", soft_wrap=True)
+    console.print("MLflow   make ui  (or: internlm ui)", highlight=False)
+
+
+def print_failure(error: Mapping[str, Any], console: "Console") -> None:
+    """The stage that failed, its error, the log to read and the executed notebook."""
+    console.print(f"[red]{error['stage']} failed[/]")
+    console.print(error["message"], markup=False, highlight=False, soft_wrap=True)
+    if error["log"]:
+        console.print(f"log      {error['log']}", soft_wrap=True)
+    console.print(f"notebook {error['notebook']}", soft_wrap=True)
+
+
+def _summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for role in ROLES:
+        if training := summary[role]:
+            first, last = training.get("loss_first"), training.get("loss_last")
+            rows += [
+                (role, str(training.get("layout"))),
+                ("  loss", f"{_number(first)} → {_number(last)}"),
+                ("  tokens/s", _number(training.get("tokens_per_second"))),
+            ]
+    compare, accuracy = summary["compare"], summary["accuracy"]
+    if compare["verdict"] is not None:
+        rows += [
+            ("relative error", f"mean {_number(compare['mean_relative_error'])}, "
+                               f"max {_number(compare['max_relative_error'])}"),
+            ("absolute error", f"max {_number(compare['max_absolute_error'])}"),
+            ("verdict", str(compare["verdict"])),
+        ]  # fmt: skip
+    if accuracy["after"] is not None:
+        rows.append(("accuracy", f"{_percent(accuracy['before'])} → {_percent(accuracy['after'])}"))
+    return rows
+
+
+def _number(value: Any) -> str:
+    return "none" if value is None else format_number(value)
+
+
+def _percent(value: float | None) -> str:
+    return "none" if value is None else f"{value:.1%}"

@@ -1,0 +1,1 @@
+"""Ranks of a parallel job: how they are started, watched and stopped."""

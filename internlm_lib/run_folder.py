@@ -1,0 +1,119 @@
+"""Where a run keeps its files: `runs/<run>/` for work, `reports/<run>/` for what people read."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from internlm_lib.errors import InputError
+
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def project_root() -> Path:
+    """The folder that holds `params/`, `runs/` and `reports/`.
+
+    `INTERNLM_HOME` if set; else the nearest folder at or above the current one that has both
+    `notebooks/` and `params/`; else the checkout this package lies in; else the current folder.
+    """
+    if home := os.environ.get("INTERNLM_HOME"):
+        return Path(home).resolve()
+    here = Path.cwd().resolve()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
+        if (folder / "notebooks").is_dir() and (folder / "params").is_dir():
+            return folder
+    return here
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run. Nothing is created until something is written."""
+
+    name: str
+    root: Path
+
+    @classmethod
+    def of(cls, name: str, root: Path | None = None) -> "RunFolder":
+        """Raises InputError if `name` cannot be a folder name."""
+        if not isinstance(name, str) or not _RUN_NAME.fullmatch(name):
+            raise InputError(
+                f"run_name = {name!r}: letters, digits, '.', '_' and '-' are allowed, "
+                "at most 100, starting with a letter or digit; a bare number needs quotes"
+            )
+        return cls(name, root or project_root())
+
+    @property
+    def path(self) -> Path:
+        return self.root / "runs" / self.name
+
+    @property
+    def report(self) -> Path:
+        return self.root / "reports" / self.name
+
+    @property
+    def experiment(self) -> Path:
+        return self.path / "experiment.yaml"
+
+    @property
+    def journal(self) -> Path:
+        """The run's own journal: stages, comparisons, evaluations."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.data / "tokenizer" / "tokenizer.model"
+
+    @property
+    def corpus_prefix(self) -> Path:
+        """Prefix of the token files: `<prefix>.bin` and `<prefix>.idx`."""
+        return self.data / "train_text_document"
+
+    @property
+    def questions(self) -> Path:
+        """Multiple-choice questions in the original MMLU layout: `dev/`, `test/`."""
+        return self.data / "questions"
+
+    @property
+    def huggingface(self) -> Path:
+        return self.path / "weights" / "huggingface"
+
+    @property
+    def megatron(self) -> Path:
+        return self.path / "weights" / "megatron"
+
+    def training(self, role: str) -> "TrainingFolder":
+        """`role` is "reference" or "candidate"."""
+        return TrainingFolder(self.path / "training" / role)
+
+    @property
+    def figures(self) -> Path:
+        return self.report / "figures"
+
+    @property
+    def tables(self) -> Path:
+        return self.report / "tables"
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """Files of one training of a run."""
+
+    path: Path
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """`launcher.log`, `rank0.log`, `rank1.log` …; `rank1.error` holds a failed rank's traceback."""
+        return self.path / "logs"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The weights after the last step, as a Megatron distributed checkpoint."""
+        return self.path / "checkpoint"

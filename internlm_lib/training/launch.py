@@ -1,0 +1,1 @@
+from internlm_lib.ranks.launch import launch  # noqa: F401

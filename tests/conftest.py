@@ -1,0 +1,23 @@
+"""What all tests share: a project root of their own, so that no test writes into the checkout."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The checkout under test; only to be read."""
+    return REPOSITORY
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project root with this checkout's params files, where the kit looks for it."""
+    shutil.copytree(REPOSITORY / "params", tmp_path / "params")
+    monkeypatch.setenv("INTERNLM_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

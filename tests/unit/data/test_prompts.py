@@ -1,0 +1,72 @@
+"""Templates, held against the published texts by their hashes."""
+
+import hashlib
+
+import pytest
+
+from internlm_lib.data.prompts import TEMPLATES, template
+from internlm_lib.data.records import Record
+from internlm_lib.errors import InputError
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("input_text", "length", "digest"),
+    [
+        ("{input}", 224, "28811e9850d9511bab334d167a03a8a37614535fdb28d645492efac8e9951c0f"),
+        ("", 152, "35101bc36d10997c7d926d8f21f7d173aec6523f3a57d78821b944a89925cdca"),
+    ],
+)
+def test_alpaca_is_stanfords_training_template(input_text: str, length: int, digest: str) -> None:
+    prompt = template("alpaca").prompt("{instruction}", input_text)
+    assert (len(prompt), sha256(prompt)) == (length, digest)
+
+
+def test_alpaca_output_follows_the_header_directly() -> None:
+    document = template("alpaca").document(Record("Add.", "1 2", "3"))
+    assert document.endswith("\n\n### Input:\n1 2\n\n### Response:3")
+
+
+@pytest.mark.parametrize(
+    ("record", "length", "digest"),
+    [
+        (
+            Record("Add.", "1 2", "3"),
+            332,
+            "126b3dacf4fe81b43c10b47d35ca457de82e6c38a276008637947582707e15f4",
+        ),
+        (
+            Record("Say hi.", "", "hi"),
+            329,
+            "266f946815e5e7be7684e4c0339ae46bc361a1c94f449057e9205a07813dc62b",
+        ),
+    ],
+)
+def test_ascendspeed_is_the_predecessors_text_to_the_byte(
+    record: Record, length: int, digest: str
+) -> None:
+    document = template("ascendspeed").document(record)
+    assert (len(document), sha256(document)) == (length, digest)
+
+
+def test_question_answer_joins_instruction_and_input_with_a_line_break() -> None:
+    question_answer = template("question_answer")
+    assert question_answer.document(Record("Add.", "1 2", "3")) == "Question: Add.\n1 2\nAnswer: 3"
+    assert question_answer.document(Record("Say hi.", "", "hi")) == "Question: Say hi.\nAnswer: hi"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_document_is_prompt_joint_output_and_no_prompt_ends_in_a_blank(name: str) -> None:
+    chosen = template(name)
+    for record in (Record("Do.", "it", "done"), Record("Do.", "", "done")):
+        prompt = chosen.prompt(record.instruction, record.input)
+        assert chosen.document(record) == prompt + chosen.joint + "done"
+        assert prompt == prompt.rstrip()
+
+
+def test_unknown_template_names_the_allowed_ones() -> None:
+    with pytest.raises(InputError, match="'vicuna': allowed are alpaca, ascendspeed, question_ans"):
+        template("vicuna")

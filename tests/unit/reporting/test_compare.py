@@ -1,0 +1,106 @@
+"""The compare stage on journals written by hand; its tail is switched off."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from internlm_lib.errors import MissingStageError, NotComparableError, VerdictError
+from internlm_lib.experiment.load import load_experiment
+from internlm_lib.journal import events
+from internlm_lib.run_folder import RunFolder
+from internlm_lib.stages import compare
+from internlm_lib.stages.stage import begin_stage
+from internlm_lib.tracking.tail import OWNER_VARIABLE
+
+TINY = Path(__file__).resolve().parents[3] / "params" / "tiny.yaml"
+
+
+@pytest.fixture
+def begin(folder, monkeypatch):
+    def begin_(**overrides):
+        monkeypatch.setenv(OWNER_VARIABLE, folder.name)
+        _, experiment = load_experiment(TINY, overrides)
+        return begin_stage("04_compare", folder, experiment)
+
+    return begin_
+
+
+def test_a_good_candidate_passes_and_leaves_its_evidence(begin, folder, write_training):
+    write_training(folder, "reference", [2.0] * 10, speed=100.0)
+    write_training(folder, "candidate", [2.01] * 10, speed=150.0)
+    result = compare.run(begin())
+    assert result["mean_relative_error"] == pytest.approx(0.005)
+    assert (result["verdict"], result["throughput_ratio"]) == ("pass", 1.5)
+    assert compare.check_verdict(result).startswith("pass: mean relative error of the loss 0.005")
+    artifacts = [event["path"] for event in events(folder.journal, "artifact")]
+    assert artifacts == [
+        "reports/r/tables/loss.csv",
+        "reports/r/figures/loss.png",
+        "reports/r/figures/loss.svg",
+        "reports/r/tables/throughput.csv",
+        "reports/r/figures/throughput.png",
+        "reports/r/figures/throughput.svg",
+    ]
+    assert all((folder.root / path).stat().st_size for path in artifacts)
+    table = (folder.tables / "loss.csv").read_text().splitlines()
+    assert table[0] == "step,reference,candidate,signed_relative_error"
+    assert len(table) == 11
+    metrics = {}
+    for event in events(folder.journal, "metrics"):
+        metrics |= event["values"]
+    assert metrics["compare/max_relative_error"] == pytest.approx(0.005)
+    assert metrics["compare/tokens_per_second_per_device_ratio"] == 1.5
+
+
+def test_a_bad_candidate_is_recorded_before_it_is_an_error(begin, folder, write_training):
+    write_training(folder, "reference", [2.0, 2.0])
+    write_training(folder, "candidate", [2.0, 2.5])
+    stage = begin()
+    result = compare.run(stage)
+    stage.finish(result)
+    assert stage.result_of("04_compare")["verdict"] == "fail"
+    with pytest.raises(VerdictError, match="mean relative error of the loss 0.125, tolerance 0.02"):
+        compare.check_verdict(result)
+
+
+def test_a_nan_fails_with_its_step(begin, folder, write_training):
+    write_training(folder, "reference", [2.0, 2.0])
+    write_training(folder, "candidate", [2.0, math.nan])
+    result = compare.run(begin())
+    assert result["mean_relative_error"] is None
+    with pytest.raises(VerdictError, match="candidate's loss is nan at step 2"):
+        compare.check_verdict(result)
+
+
+def test_without_a_reference_there_is_no_verdict(begin, folder, write_training):
+    write_training(folder, "candidate", [2.0, 1.0])
+    result = compare.run(begin(**{"parallel.reference": None}))
+    assert result["verdict"] == "not compared" and result["mean_relative_error"] is None
+    assert "parallel.reference_run" in compare.check_verdict(result)
+    assert compare.statistics_rows(None) == [{"statistic": "verdict", "value": "not compared"}]
+    assert (folder.tables / "loss.csv").read_text() == "step,candidate\n1,2.0\n2,1.0\n"
+
+
+def test_the_reference_may_be_another_run(begin, folder, write_training):
+    write_training(folder, "candidate", [2.0, 1.0])
+    other = {"parallel.reference": None, "parallel.reference_run": "gpu"}
+    with pytest.raises(MissingStageError, match="runs/gpu/training/candidate/journal.jsonl is mis"):
+        compare.run(begin(**other))
+    write_training(RunFolder.of("gpu", folder.root), "candidate", [2.0, 1.25], device="cuda")
+    trainings = compare.load_trainings(begin(**other))
+    assert trainings.reference.name == "reference: megatron TP1 PP1 DP2, cuda"
+    assert trainings.rows[0]["last_loss"] == 1.25
+
+
+def test_a_reference_that_was_asked_for_must_be_there(begin, folder, write_training):
+    write_training(folder, "candidate", [2.0, 1.0])
+    with pytest.raises(MissingStageError, match="03_train"):
+        compare.run(begin())
+
+
+def test_two_experiments_are_refused(begin, folder, write_training):
+    write_training(folder, "reference", [2.0, 1.0])
+    write_training(folder, "candidate", [2.0, 1.0], tags={"data_sha256": "other"})
+    with pytest.raises(NotComparableError, match="data_sha256: reference d1, candidate other"):
+        compare.run(begin())

@@ -1,0 +1,179 @@
+"""The command line: one JSON object on stdout, errors that help, exit codes."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from internlm_lib import doctor
+from internlm_lib.cli import app
+from internlm_lib.errors import NotComparableError, VerdictError, WorkerError
+from internlm_lib.experiment.load import load_experiment
+from internlm_lib.files import read_json
+from internlm_lib.run_folder import RunFolder
+from internlm_lib.stages.stage import begin_stage, status_path
+
+
+@pytest.fixture(autouse=True)
+def no_mirroring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERNLM_TAIL", "tiny")
+
+
+def internlm(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_an_unknown_key_is_bad_input_with_the_nearest_name(home: Path) -> None:
+    result = internlm("run", "params/tiny.yaml", "--set", "training.train_itres=3")
+    assert result.exit_code == 2
+    assert "training.train_itres: unknown key; did you mean train_iters?" in result.stderr
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    assert not (home / "runs").exists()
+
+
+def test_all_problems_are_told_at_once_and_as_json(home: Path) -> None:
+    settings = ["training.lr=fast", "training.global_batch_size=17", "model.head=1"]
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    result = internlm("train", "params/tiny.yaml", *arguments, "--json")
+    error = json.loads(result.stdout)["error"]
+    assert (result.exit_code, error["exit_code"], error["kind"]) == (2, 2, "ConfigError")
+    assert all(key.partition("=")[0] in error["message"] for key in settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "params/big.yaml"), "in params/ there are: "),
+        (("run", "params/tiny.yaml", "--set", "training.lr"), "expected KEY=VALUE"),
+        (("run", "params/tiny.yaml", "--run-name", "a/b"), "run_name = 'a/b'"),
+        (("run", "params/tiny.yaml", "--from", "3_train"), "did you mean 03_train?"),
+        (("sync", "nothing"), "no such run"),
+        (("frobnicate",), "No such command"),
+    ],
+)
+def test_bad_input_ends_with_code_2(home: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = internlm(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, work) -> None:
+    """Put a module in the place of `internlm_lib.stages.<name>`."""
+    module = ModuleType(name)
+    module.run = work  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, f"internlm_lib.stages.{name}", module)
+
+
+def test_a_stage_without_a_notebook(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(stage) -> dict:
+        print("chatter of a library")
+        assert stage.experiment.training.lr == 1e-5
+        return {"documents": 7}
+
+    stand_in(monkeypatch, "prepare", work)
+    result = internlm("prepare", "params/tiny.yaml", "--set", "training.lr=1e-5",
+                      "--set", "training.min_lr=0", "--json")  # fmt: skip
+    assert result.exit_code == 0
+    record = json.loads(result.stdout)
+    assert (record["run"], record["status"], record["result"]) == ("tiny", "done", {"documents": 7})
+    assert "chatter" in result.stderr
+    assert read_json(status_path(RunFolder.of("tiny"), "01_prepare"))["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(WorkerError("rank 1"), 1), (VerdictError("fail"), 3), (NotComparableError("no"), 4)],
+)
+def test_errors_have_their_exit_codes(
+    home: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    def work(stage) -> dict:
+        raise error
+
+    stand_in(monkeypatch, "train", work)
+    result = internlm("train", "params/tiny.yaml", "--json")
+    assert result.exit_code == code
+    assert json.loads(result.stdout)["error"]["message"] == str(error)
+    assert read_json(status_path(RunFolder.of("tiny"), "03_train"))["status"] == "failed"
+
+
+def test_a_failed_verdict_keeps_its_numbers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = {"verdict": "fail", "mean_relative_error": 0.5, "tolerance": 0.02}
+    monkeypatch.setattr("internlm_lib.stages.compare.run", lambda stage: verdict)
+    result = internlm("compare-stage", "params/tiny.yaml")
+    assert result.exit_code == 3 and "0.5" in result.stderr
+    record = read_json(status_path(RunFolder.of("tiny"), "04_compare"))
+    assert record["status"] == "failed"
+    assert record["result"]["mean_relative_error"] == 0.5
+
+
+def test_run_prints_the_summary_alone_on_stdout(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def execute(folder, stage, executed, parameters) -> None:
+        print("papermill speaks")
+        name, experiment = load_experiment(home / "params/tiny.yaml")
+        begin_stage(stage, folder, experiment).finish({"accuracy": {"before": 0.2, "after": 0.7}})
+
+    monkeypatch.setattr("internlm_lib.pipeline._papermill", execute)
+    result = internlm("run", "params/tiny.yaml", "--only", "01_prepare,06_evaluate", "--json")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert list(summary) == [
+        "run", "stages", "reference", "candidate", "compare", "accuracy", "report",
+    ]  # fmt: skip
+    assert list(summary["stages"]) == ["01_prepare", "06_evaluate"]
+    assert summary["accuracy"] == {"before": 0.2, "after": 0.7}
+    assert set(summary["compare"]) == {
+        "mean_relative_error", "max_relative_error", "max_absolute_error", "verdict",
+    }  # fmt: skip
+    assert (home / summary["report"]).exists()
+
+
+def test_doctor_reports_findings_and_fails_if_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = [doctor.Finding("python", "ok", "3.11"), doctor.Finding("npu", "warn", "x", "y")]
+    monkeypatch.setattr(doctor, "examine", lambda: findings)
+    result = internlm("doctor", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["findings"][1] == {
+        "name": "npu", "status": "warn", "found": "x", "fix": "y",
+    }  # fmt: skip
+    findings.append(doctor.Finding("kernel", "fail", "none", "make env"))
+    result = internlm("doctor")
+    assert result.exit_code == 1 and "make env" in result.stdout
+
+
+def test_doctor_compares_with_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = (
+        "# comment\nmlflow==3.17.2\nnumpy==2.2.6 ; python_full_version < '3.0'\n"
+        "numpy==2.4.6 ; python_full_version >= '3.0'\n"
+    )
+    assert doctor.locked_versions(lock) == {"mlflow": "3.17.2", "numpy": "2.4.6"}
+    monkeypatch.setattr(doctor, "_version", {"a": "1.0+cpu", "b": "2.0"}.get)
+    assert doctor._package("a", "1.0").status == "ok"
+    assert doctor._package("b", "1.0").status == "warn"
+    assert doctor._package("c", "1.0").status == "fail"
+
+
+def test_doctor_survives_a_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PROBE", "raise RuntimeError('libhccl.so: cannot open')")
+    (finding,) = doctor._devices()
+    assert finding.status == "fail" and "libhccl.so" in finding.found
+    monkeypatch.setattr(doctor, "_PROBE", "import os; os.abort()")
+    assert doctor._devices()[0].status == "fail"
+
+
+def test_doctor_knows_an_npu_machine_without_cann(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ASCEND_TOOLKIT_HOME", raising=False)
+    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+    versions = {"torch": "2.13.0+cpu", "torch_npu": "2.12.0"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setattr(doctor, "_NPU_PROBE", "raise ImportError('libhccl.so')")
+    found = {finding.name: finding for finding in doctor._npu()}
+    assert {name: finding.status for name, finding in found.items()} == {
+        "torch_npu": "fail", "CANN": "fail", "npu": "fail",
+    }  # fmt: skip
+    assert "2.13.0" in found["torch_npu"].fix and "set_env.sh" in found["CANN"].fix

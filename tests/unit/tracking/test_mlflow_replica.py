@@ -1,0 +1,239 @@
+"""Replays into a real sqlite store, made once for this file."""
+
+import itertools
+import math
+
+import pytest
+import yaml
+
+from internlm_lib.errors import InputError, KitError
+from internlm_lib.journal import Journal
+from internlm_lib.run_folder import RunFolder
+from internlm_lib.tracking import mlflow_store
+from internlm_lib.tracking.mlflow_replica import sync
+from internlm_lib.tracking.replica_state import state_path
+
+_names = (f"run-{n}" for n in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("project")
+
+
+@pytest.fixture
+def folder(root):
+    folder = RunFolder.of(next(_names), root)
+    _write_experiment(folder)
+    return folder
+
+
+def _write_experiment(folder, uri=None, **training):
+    folder.path.mkdir(parents=True, exist_ok=True)
+    values = {
+        "run_name": folder.name,
+        "training": {"lr": 1e-3, **training},
+        "generation": {"prompts": ["long " * 2000]},
+        "tracking": {"uri": uri, "experiment": "study"},
+    }
+    folder.experiment.write_text(yaml.safe_dump(values))
+
+
+def _client(root):
+    mlflow_store.load()
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=mlflow_store.store_uri(root))
+
+
+def _runs(folder, experiment="study"):
+    """name → MLflow runs of this kit run, oldest first."""
+    client = _client(folder.root)
+    everything = client.search_runs(
+        [client.get_experiment_by_name(experiment).experiment_id], order_by=["start_time ASC"]
+    )
+    parent = [r for r in everything if r.data.tags.get("internlm.run") == folder.name]
+    assert len(parent) == 1
+    runs = {"parent": parent}
+    for run in everything:
+        if run.data.tags.get("mlflow.parentRunId") == parent[0].info.run_id:
+            runs.setdefault(run.info.run_name, []).append(run)
+    return runs
+
+
+def _history(folder, run, metric):
+    client = _client(folder.root)
+    points = client.get_metric_history(run.info.run_id, metric)
+    return sorted((p.step, p.value) for p in points)
+
+
+def _start(journal, first_step=1):
+    journal.write(
+        "start", role="candidate", engine="megatron", layout="megatron TP2 PP1 DP1",
+        world_size=2, device="cpu", device_name="a CPU", precision="fp32", train_iters=9,
+        first_step=first_step, tokens_per_step=64, parameters=100,
+        tags={"data_sha256": "d" * 64},
+    )  # fmt: skip
+
+
+def _steps(journal, steps, loss=lambda step: 5.0 - step / 10):
+    for step in steps:
+        journal.write(
+            "step", step=step, loss=loss(step), grad_norm=1.0, lr=1e-3, step_seconds=0.1,
+            tokens_per_second_per_device=640.0, model_tflops_per_device=None, memory_bytes=2**20,
+        )  # fmt: skip
+
+
+def test_a_run_becomes_a_parent_with_stages_and_trainings(folder):
+    run = Journal(folder.journal)
+    run.write("stage", stage="03_train", status="running", seconds=0)
+    training = Journal(folder.training("candidate").journal)
+    _start(training)
+    _steps(training, [1, 2])
+    training.write("validation", step=2, loss=4.5)
+    training.write("end", status="done", seconds=1.0)
+    figure = folder.figures / "loss.svg"
+    figure.parent.mkdir(parents=True)
+    figure.write_text("<svg/>")
+    name = figure.relative_to(folder.root).as_posix()
+    run.write("artifact", stage="03_train", path=name)
+    run.write("artifact", stage="03_train", path="reports/gone.png")
+    run.write("metrics", stage="03_train", values={"eval/a [%]": 0.5, "text": "no"}, step=None)
+    run.write("stage", stage="03_train", status="done", seconds=3.5)
+
+    assert sync(folder) == 10
+    assert sync(folder) == 0
+
+    runs = _runs(folder)
+    (parent,), (stage,), (train,) = runs["parent"], runs["03_train"], runs["03_train-candidate"]
+    assert {r.info.status for r in (parent, stage, train)} == {"FINISHED"}
+    assert train.data.tags["layout"] == "megatron TP2 PP1 DP1"
+    assert train.data.tags["data_sha256"] == "d" * 64
+    assert train.data.params["training.lr"] == "0.001"
+    assert train.data.params["tokens_per_step"] == "64"
+    assert len(train.data.params["generation.prompts"]) < 300
+    assert _history(folder, train, "train/loss") == [(1, 4.9), (2, 4.8)]
+    assert _history(folder, train, "eval/loss") == [(2, 4.5)]
+    assert train.data.metrics["train/loss_max"] == 4.9
+    assert train.data.metrics["memory/bytes"] == 2**20
+    assert "perf/model_tflops_per_device" not in train.data.metrics
+    assert stage.data.metrics == {"eval/a ___": 0.5, "stage/seconds": 3.5}
+    assert stage.data.tags["missing/gone.png"] == "reports/gone.png"
+    artifacts = _client(folder.root).list_artifacts(stage.info.run_id, "figures")
+    assert [a.path for a in artifacts] == ["figures/loss.svg"]
+    assert (folder.root / "mlflow" / "artifacts" / stage.info.run_id).is_dir()
+
+
+def test_losing_the_state_sends_no_point_twice(folder):
+    training = Journal(folder.training("candidate").journal)
+    _start(training)
+    _steps(training, range(1, 400), loss=lambda step: math.nan if step == 7 else 1 / step)
+    training.write("end", status="failed", seconds=1.0)
+    Journal(folder.journal).write("stage", stage="03_train", status="running", seconds=0)
+    assert sync(folder) == 402
+    before = _runs(folder)
+    state_path(folder).unlink()
+    # The experiment has been edited since: MLflow refuses to change a parameter.
+    _write_experiment(folder, lr=5.0)
+    assert sync(folder) == 402
+    after = _runs(folder)
+    (train,) = after["03_train-candidate"]
+    assert {n: len(r) for n, r in after.items()} == {n: len(r) for n, r in before.items()}
+    assert [step for step, _ in _history(folder, train, "train/loss")] == list(range(1, 400))
+    assert train.info.status == "FAILED"
+    assert train.data.params["training.lr"] == "0.001"
+
+
+def test_infinities_are_tagged_and_left_out(folder):
+    training = Journal(folder.training("candidate").journal)
+    _start(training)
+    _steps(training, [1, 2, 3], loss=lambda step: math.inf if step == 2 else 1.0)
+    sync(folder)
+    (train,) = _runs(folder)["03_train-candidate"]
+    assert [step for step, _ in _history(folder, train, "train/loss")] == [1, 3]
+    assert train.data.tags["nonfinite/train/loss"] == "inf at step 2"
+    assert train.info.status == "RUNNING"
+
+
+def test_a_training_begun_again_at_step_1_is_a_new_run(folder):
+    training = Journal(folder.training("candidate").journal)
+    _start(training)
+    _steps(training, [1, 2, 3])
+    sync(folder)
+    _start(training)
+    _steps(training, [1, 2], loss=lambda step: 9.0)
+    sync(folder)
+    old, new = _runs(folder)["03_train-candidate"]
+    assert (old.info.status, new.info.status) == ("KILLED", "RUNNING")
+    assert old.data.metrics["train/loss_last"] == 4.7
+    assert _history(folder, new, "train/loss") == [(1, 9.0), (2, 9.0)]
+
+
+def test_a_resumed_training_shows_each_step_once(folder):
+    training = Journal(folder.training("candidate").journal)
+    _start(training)
+    _steps(training, [1, 2, 3])
+    sync(folder)
+    _start(training, first_step=4)  # from the checkpoint of step 3: nothing is repeated
+    _steps(training, [4, 5])
+    sync(folder)
+    (only,) = _runs(folder)["03_train-candidate"]
+    assert [step for step, _ in _history(folder, only, "train/loss")] == [1, 2, 3, 4, 5]
+    _start(training, first_step=3)  # from an older checkpoint: steps 3 to 5 are taken again
+    _steps(training, [3, 4, 5, 6], loss=lambda step: 1.0)
+    sync(folder)
+    old, new = _runs(folder)["03_train-candidate"]
+    assert old.info.status == "KILLED"
+    assert _history(folder, new, "train/loss") == [
+        (1, 4.9), (2, 4.8), (3, 1.0), (4, 1.0), (5, 1.0), (6, 1.0),
+    ]  # fmt: skip
+
+
+def test_what_was_killed_is_closed_when_the_next_stage_begins(folder):
+    run = Journal(folder.journal)
+    run.write("stage", stage="03_train", status="running", seconds=0)
+    training = Journal(folder.training("candidate").journal)
+    _start(training)
+    _steps(training, [1])
+    sync(folder)
+    assert _runs(folder)["parent"][0].info.status == "RUNNING"
+    run.write("stage", stage="04_compare", status="running", seconds=0)
+    run.write("stage", stage="04_compare", status="failed", seconds=1)
+    sync(folder)
+    runs = _runs(folder)
+    status = {name: run.info.status for name, (run,) in runs.items()}
+    assert status == {
+        "parent": "FAILED",
+        "03_train": "KILLED",
+        "03_train-candidate": "KILLED",
+        "04_compare": "FAILED",
+    }
+    assert runs["03_train-candidate"][0].data.metrics["train/loss_last"] == 4.9
+
+
+def test_an_unreachable_store_loses_nothing(folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    Journal(folder.journal).write("metrics", stage="05_infer", values={"a": 1.0}, step=3)
+    _write_experiment(folder, uri="http://127.0.0.1:9")
+    with pytest.raises(KitError, match=f"internlm sync {folder.name}"):
+        sync(folder)
+    _write_experiment(folder)
+    assert sync(folder) == 1
+    (stage,) = _runs(folder)["05_infer"]
+    assert _history(folder, stage, "a") == [(3, 1.0)]
+
+
+def test_a_run_removed_from_the_store_is_sent_again(folder):
+    Journal(folder.journal).write("metrics", stage="05_infer", values={"a": 1.0}, step=1)
+    sync(folder)
+    runs = _runs(folder)
+    for run in (*runs["parent"], *runs["05_infer"]):
+        _client(folder.root).delete_run(run.info.run_id)
+    Journal(folder.journal).write("metrics", stage="05_infer", values={"a": 2.0}, step=2)
+    assert sync(folder) == 2
+    assert _history(folder, _runs(folder)["05_infer"][0], "a") == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_run_that_does_not_exist_is_named(root):
+    with pytest.raises(InputError, match="nobody: no such run"):
+        sync(RunFolder.of("nobody", root))

@@ -1,0 +1,125 @@
+"""Token files → batches, in Megatron's data order: the same for every engine and layout."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch import Tensor
+
+from internlm_lib.errors import InputError
+from internlm_lib.experiment.schema import DataSection, TrainingSection
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. All [micro_batch_size, seq_length]."""
+
+    tokens: Tensor
+    """int64 token ids."""
+    labels: Tensor
+    """int64, the token that follows each."""
+    loss_mask: Tensor
+    """float32, 1 where a token counts."""
+    position_ids: Tensor
+    """int64, 0 … seq_length − 1; not reset at document borders, as the predecessor."""
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What GPTDataset asks of a tokenizer."""
+
+    vocab_size: int
+    eod: int = 2
+    unique_identifiers: tuple[str, ...] = ("sentencepiece",)
+
+
+def build_datasets(
+    prefix: Path, data: DataSection, training: TrainingSection, vocab_size: int
+) -> tuple[GPTDataset, GPTDataset | None]:
+    """Training and validation samples of `<prefix>.bin/.idx` (the latter None without validation).
+
+    Collective: rank 0 builds the index maps beside the data, the others read them.
+    Raises InputError if the training part holds no whole sample.
+    """
+    train_samples = training.train_iters * training.global_batch_size
+    validations = training.train_iters // training.eval_interval + 1
+    valid_samples = validations * training.eval_iters * training.global_batch_size
+    config = GPTDatasetConfig(
+        random_seed=training.seed,
+        sequence_length=training.seq_length,
+        blend=([str(prefix)], None),
+        split=data.split,
+        path_to_cache=str(prefix.parent / "index"),
+        tokenizer=_Vocabulary(vocab_size),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    train, valid, _ = BlendedMegatronDatasetBuilder(
+        GPTDataset, [train_samples, valid_samples, 0], lambda: True, config
+    ).build()
+    if train is None or len(train) < train_samples:
+        raise InputError(
+            f"{prefix}: the training part ({data.split}) holds less than one sample of "
+            f"training.seq_length = {training.seq_length} tokens; give more data, a shorter "
+            "sequence or a larger first number in data.split"
+        )
+    return train, valid if training.eval_iters else None
+
+
+def data_order_sha256(dataset: GPTDataset) -> str:
+    """Hash of the token file and of the order its samples come in."""
+    digest = hashlib.sha256()
+    for index in (dataset.document_index, dataset.sample_index, dataset.shuffle_index):
+        digest.update(index.tobytes())
+    with Path(f"{dataset.dataset_path}.bin").open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class BatchStream:
+    """Micro-batches of one data parallel rank, in the order of Megatron's MegatronPretrainingSampler.
+
+    Step k (from 0) takes samples k·G … (k+1)·G − 1 of the shuffled dataset; micro-batch m of data
+    parallel rank d takes the d-th slice of the m-th part of these. Any step can be asked for.
+    """
+
+    def __init__(
+        self,
+        dataset: GPTDataset,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        device: torch.device,
+    ) -> None:
+        self._dataset = dataset
+        self._global = global_batch_size
+        self._micro = micro_batch_size
+        self._rank = data_parallel_rank
+        self._across = micro_batch_size * data_parallel_size
+        self._device = device
+
+    def step(self, index: int) -> Iterator[Batch]:
+        """The micro-batches of step `index`, counted from 0; past the end it starts over."""
+        start = index * self._global
+        for part in range(start, start + self._global, self._across):
+            first = part + self._rank * self._micro
+            yield self._batch(range(first, first + self._micro))
+
+    def _batch(self, samples: range) -> Batch:
+        items: list[dict[str, Any]] = [self._dataset[i % len(self._dataset)] for i in samples]
+        return Batch(
+            **{
+                name: torch.stack([item[name] for item in items]).to(self._device)
+                for name in ("tokens", "labels", "loss_mask", "position_ids")
+            }
+        )

@@ -1,0 +1,45 @@
+"""What a training loop may ask of an engine."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from internlm_lib.data.batches import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Equal on every rank."""
+
+    loss: float
+    """Nats per token, mean over the global batch."""
+    grad_norm: float
+    """Global L2 norm of the gradient before clipping."""
+
+
+class Engine(Protocol):
+    """One way to take a training step; built around one rank's part of the model."""
+
+    def train_step(self, batches: Iterator[Batch], num_micro_batches: int, lr: float) -> StepResult:
+        """Forward, backward, clip and update with learning rate `lr`. Collective."""
+
+    def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
+        """Mean loss in nats per token, without an update. Collective."""
+
+    def save_weights(self, path: Path) -> None:
+        """Write the weights as a Megatron distributed checkpoint. Collective."""
+
+
+def masked_mean(losses: Tensor, loss_mask: Tensor) -> Tensor:
+    """Mean of per-token losses [b, s] in float32 over tokens whose mask is 1."""
+    losses, mask = losses.float().view(-1), loss_mask.view(-1)
+    return torch.sum(losses * mask) / mask.sum()
+
+
+def decays(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether weight decay applies: to matrices, not to biases and norm weights, as Megatron-LM."""
+    return not name.endswith(".bias") and parameter.ndim > 1

@@ -1,0 +1,169 @@
+"""Stage 05: what the model writes, greedily, before and after training.
+
+The work is done in ranks (`generation/worker.py`); this process prepares prompts and shows texts.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from internlm_lib.data.prompts import template
+from internlm_lib.data.records import Record, read_records
+from internlm_lib.errors import KitError
+from internlm_lib.files import read_json, write_json
+from internlm_lib.generation.inference import inference_layout, weight_sets
+from internlm_lib.generation.worker import prompts_path, texts_path
+from internlm_lib.ranks.launch import launch
+from internlm_lib.stages.stage import Stage
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question put to the model."""
+
+    question: str
+    """Instruction and input, as they are shown."""
+    text: str
+    """The same in the training's template, up to where the answer begins."""
+    expected: str | None
+    """The record's own answer; None for a prompt of `generation.prompts`."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    prompt: Prompt
+    before: str
+    after: str
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """One table row."""
+        return {
+            "question": self.prompt.question,
+            "expected": self.prompt.expected,
+            "before_training": self.before,
+            "after_training": self.after,
+        }
+
+
+def choose_prompts(stage: Stage) -> list[Prompt]:
+    """`generation.prompts`, or `num_prompts` questions spread evenly over the training records."""
+    given = stage.experiment.generation.prompts
+    if given:
+        records = iter([Record(text, "", "") for text in given])
+    else:
+        records = _evenly_spread(stage)
+    form = template(stage.experiment.data.prompt_template)
+    return [
+        Prompt(
+            question="\n".join(filter(None, (record.instruction, record.input))),
+            text=form.prompt(record.instruction, record.input),
+            expected=None if given else record.output,
+        )
+        for record in records
+    ]
+
+
+def prompt_rows(prompts: list[Prompt]) -> list[dict[str, Any]]:
+    """What the model is shown, as table rows."""
+    return [{"prompt": prompt.text, "expected": prompt.expected} for prompt in prompts]
+
+
+def answer(
+    stage: Stage, prompts: list[Prompt], show: Callable[[str], None] = lambda text: None
+) -> list[Answer]:
+    """Let both sets of weights continue the prompts; writes `tables/texts.csv`.
+
+    Args:
+        show: told how far the work is, in a line of text.
+    Raises:
+        WorkerError: a rank failed, or a prompt is too long for the model.
+    """
+    for made_by, weights in zip(("02_convert", "03_train"), _checkpoints(stage), strict=True):
+        stage.needs(weights, made_by)
+    shutil.rmtree(prompts_path(stage.folder).parent, ignore_errors=True)
+    write_json(prompts_path(stage.folder), [prompt.text for prompt in prompts])
+    started = time.monotonic()
+    layout = inference_layout(stage.experiment.parallel.candidate)
+    launch(
+        "internlm_lib.generation.worker",
+        ["--run-folder", str(stage.folder.path)],
+        world_size=layout.world_size,
+        logs=prompts_path(stage.folder).parent / "logs",
+        on_tick=lambda: show(f"writing answers, {time.monotonic() - started:.0f} s"),
+    )
+    answers = _read_answers(stage, prompts)
+    show(f"{len(answers)} prompts answered in {time.monotonic() - started:.0f} s")
+    _save_rows(stage, "texts", [a.row for a in answers])
+    return answers
+
+
+def summarize(answers: list[Answer]) -> dict[str, Any]:
+    """The stage's result; `equal` counts the answers that are the record's own, word for word."""
+    known = [a for a in answers if a.prompt.expected is not None]
+    return {
+        "prompts": len(answers),
+        "known_answers": len(known),
+        "equal": {
+            "before": sum(a.before.strip() == a.prompt.expected for a in known),
+            "after": sum(a.after.strip() == a.prompt.expected for a in known),
+        },
+        "changed": sum(a.before != a.after for a in answers),
+    }
+
+
+def check_answers(prompts: list[Prompt], answers: list[Answer]) -> str:
+    """Says how the texts came out.
+
+    Raises KitError if a prompt has no answer, or if training changed none of the texts.
+    """
+    if [a.prompt for a in answers] != prompts:
+        raise KitError(f"05_infer: {len(prompts)} prompts, but {len(answers)} answers")
+    result = summarize(answers)
+    if answers and not result["changed"]:
+        raise KitError(
+            "05_infer: the trained weights write exactly what the untrained ones do; either "
+            "03_train saved the weights it began with, or its learning rate is next to nothing"
+        )
+    known, equal = result["known_answers"], result["equal"]
+    line = f"{result['changed']} of {len(answers)} texts changed by training"
+    if not known:
+        return line
+    return f"{line}; equal to the record's answer: {equal['before']} → {equal['after']} of {known}"
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """All steps in order; returns the stage's result. Raises what `check_answers` raises."""
+    prompts = choose_prompts(stage)
+    answers = answer(stage, prompts)
+    check_answers(prompts, answers)
+    return summarize(answers)
+
+
+def _evenly_spread(stage: Stage) -> Iterator[Record]:
+    data, folder = stage.experiment.data, stage.folder
+    path = folder.root / data.train_path if data.train_path else folder.data / "records.parquet"
+    stage.needs(path, "01_prepare")
+    # Twice through the file, so that one of any size is never held in memory.
+    count = sum(1 for _ in read_records(path))
+    number = min(stage.experiment.generation.num_prompts, count)
+    chosen = {i * count // number for i in range(number)}
+    return (record for i, record in enumerate(read_records(path)) if i in chosen)
+
+
+def _checkpoints(stage: Stage) -> Any:
+    return weight_sets(stage.folder).values()
+
+
+def _read_answers(stage: Stage, prompts: list[Prompt]) -> list[Answer]:
+    texts = read_json(texts_path(stage.folder))
+    pairs = zip(texts["before"], texts["after"], strict=True)
+    return [Answer(p, *pair) for p, pair in zip(prompts, pairs, strict=True)]
+
+
+def _save_rows(stage: Stage, name: str, rows: list[dict[str, Any]]) -> None:
+    from internlm_lib.reporting.figures import save_table
+
+    stage.artifact(save_table(rows, stage.folder.tables / f"{name}.csv"))

@@ -4,16 +4,13 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internlm_lib.errors import InputError
 from internlm_lib.experiment.schema import ROLES
-from internlm_lib.journal import read_journal
 from internlm_lib.notebook import LiveLine
 from internlm_lib.pipeline import Event
 from internlm_lib.reporting.page import format_number
-from internlm_lib.run_folder import RunFolder
+from internlm_lib.training.progress import TrainingProgress, clock
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,58 +53,12 @@ class RunProgress:
                 print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
     def _live(self, event: Event) -> None:
-        started, line, training = time.time(), LiveLine(), TrainingProgress(event.folder)
+        started, line = time.time(), LiveLine()
+        trainings = {r: TrainingProgress(event.folder.training(r).journal) for r in ROLES}
         while not self._over.wait(_REFRESH_SECONDS):
-            text = f"{event.stage:<12} {clock(time.time() - started)}"
-            line(f"{text}  {training.text(since=started)}".rstrip())
-
-
-class TrainingProgress:
-    """Follows the training journals of a run while it trains, reading each line once."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._journals: dict[str, Path] = {r: folder.training(r).journal for r in ROLES}
-        self._offsets: dict[str, int] = dict.fromkeys(ROLES, 0)
-        self._starts: dict[str, dict[str, Any]] = {}
-        self._steps: dict[str, dict[str, Any]] = {}
-
-    def text(self, since: float) -> str:
-        """The latest step written after `since`, e.g. `candidate: step 57/200, loss 2.31 …`."""
-        for role, journal in self._journals.items():
-            self._read(role, journal)
-        latest = [role for role in self._steps if self._steps[role]["time"] >= since]
-        if not latest:
-            return ""
-        role = max(latest, key=lambda name: self._steps[name]["time"])
-        return f"{role}: {step_text(self._starts[role], self._steps[role])}"
-
-    def _read(self, role: str, journal: Path) -> None:
-        try:
-            for event, offset in read_journal(journal, self._offsets[role]):
-                self._offsets[role] = offset
-                if event["event"] == "start":
-                    self._starts[role] = event
-                elif event["event"] == "step" and role in self._starts:
-                    self._steps[role] = event
-        except InputError:  # a damaged journal is the stage's to report, not the display's
-            return
-
-
-def step_text(start: Mapping[str, Any], step: Mapping[str, Any]) -> str:
-    """One training step in words, from the journal's `start` and `step` events."""
-    number, total = step["step"], start["train_iters"]
-    rate = step["tokens_per_second_per_device"] * start["world_size"]
-    left = (total - number) * (step["time"] - start["time"]) / (number - start["first_step"] + 1)
-    return (
-        f"step {number}/{total}, loss {step['loss']:.3f}, {rate:,.0f} tokens/s, {clock(left)} left"
-    )
-
-
-def clock(seconds: float) -> str:
-    """`1:23`, or `1:02:03` from an hour on."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+            texts = [f"{r}: {text}" for r, t in trainings.items() if (text := t.text())]
+            # The roles train one after the other: the last one with a step is the one at work.
+            line("  ".join([f"{event.stage:<12} {clock(time.time() - started)}", *texts[-1:]]))
 
 
 def print_summary(summary: Mapping[str, Any], console: "Console") -> None:

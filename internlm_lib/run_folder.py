@@ -42,6 +42,12 @@ class RunFolder:
             )
         return cls(name, root or project_root())
 
+    @classmethod
+    def at(cls, path: Path) -> "RunFolder":
+        """The run whose `path` this is."""
+        path = path.resolve()
+        return cls.of(path.name, path.parents[1])
+
     @property
     def path(self) -> Path:
         return self.root / "runs" / self.name
@@ -85,6 +91,11 @@ class RunFolder:
     def megatron(self) -> Path:
         return self.path / "weights" / "megatron"
 
+    @property
+    def conversion_record(self) -> Path:
+        """JSON: what 02_convert checked, and the hash of the weights it read."""
+        return self.path / "weights" / "conversion.json"
+
     def training(self, role: str) -> "TrainingFolder":
         """`role` is "reference" or "candidate"."""
         return TrainingFolder(self.path / "training" / role)
@@ -117,3 +128,7 @@ class TrainingFolder:
     def checkpoint(self) -> Path:
         """The weights after the last step, as a Megatron distributed checkpoint."""
         return self.path / "checkpoint"
+
+    def checkpoint_of(self, step: int) -> Path:
+        """The weights after one of the steps between (`training.save_interval`)."""
+        return self.path / "checkpoints" / f"step-{step:07}"

@@ -1,11 +1,12 @@
-"""What a training loop may ask of an engine."""
+"""What a training loop may ask of an engine. Import only after `Device.adapt_megatron()`."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
@@ -30,8 +31,11 @@ class Engine(Protocol):
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         """Mean loss in nats per token, without an update. Collective."""
 
-    def save_weights(self, path: Path) -> None:
-        """Write the weights as a Megatron distributed checkpoint. Collective."""
+    def whole_weights(self) -> AbstractContextManager[GPTModel]:
+        """This rank's part of the model with every parameter in its full shape, to be saved.
+
+        Collective, as is the end of the block.
+        """
 
 
 def masked_mean(losses: Tensor, loss_mask: Tensor) -> Tensor:

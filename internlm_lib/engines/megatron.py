@@ -4,8 +4,8 @@ Import only after `Device.adapt_megatron()`.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from torch import Tensor
 from internlm_lib.data.batches import Batch
 from internlm_lib.engines.base import StepResult, masked_mean
 from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSection
-from internlm_lib.weights.megatron import save_weights
 
 
 class MegatronEngine:
@@ -71,8 +70,9 @@ class MegatronEngine:
         self._model.train()
         return loss
 
-    def save_weights(self, path: Path) -> None:
-        save_weights(self._gpt, path)
+    @contextmanager
+    def whole_weights(self) -> Iterator[GPTModel]:
+        yield self._gpt
 
     def _forward_backward(
         self, batches: Iterator[Batch], num_micro_batches: int, *, forward_only: bool
@@ -86,7 +86,8 @@ class MegatronEngine:
             micro_batch_size=self._training.micro_batch_size,
             forward_only=forward_only,
         )
-        return _mean_over_job([report["loss"] for report in reports])
+        losses = [report["loss"] for report in reports]
+        return _mean_over_job(losses, next(self._gpt.parameters()).device)
 
 
 def _optimizer_config(
@@ -121,7 +122,7 @@ def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]
     return loss, {"loss": loss.detach().clone()}
 
 
-def _mean_over_job(losses: list[Tensor]) -> float:
+def _mean_over_job(losses: list[Tensor], device: torch.device) -> float:
     """Mean over micro-batches and data parallel ranks, known to the last stage, told to all."""
     if parallel_state.is_pipeline_last_stage():
         mean = torch.stack(losses).mean()
@@ -129,7 +130,7 @@ def _mean_over_job(losses: list[Tensor]) -> float:
         torch.distributed.all_reduce(mean, group=group)
         mean /= parallel_state.get_data_parallel_world_size()
     else:
-        mean = torch.zeros((), device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+        mean = torch.zeros((), device=device)
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         torch.distributed.broadcast(
             mean,

@@ -4,7 +4,7 @@ Import only after `Device.adapt_megatron()`.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from internlm_lib.data.batches import Batch
 from internlm_lib.engines.base import StepResult, decays, masked_mean
 from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSection
-from internlm_lib.weights.megatron import save_weights
 
 
 class ZeroEngine:
@@ -60,12 +59,13 @@ class ZeroEngine:
         self._engine.train()
         return _mean_over_job(losses)
 
-    def save_weights(self, path: Path) -> None:
+    @contextmanager
+    def whole_weights(self) -> Iterator[GPTModel]:
         import deepspeed
 
-        parameters = list(self._gpt.parameters()) if self._stage == 3 else []
-        with deepspeed.zero.GatheredParameters(parameters):
-            save_weights(self._gpt, path)
+        partitioned = list(self._gpt.parameters()) if self._stage == 3 else []
+        with deepspeed.zero.GatheredParameters(partitioned):
+            yield self._gpt
 
     def _loss(self, batch: Batch) -> Tensor:
         losses = self._engine(batch.tokens, batch.position_ids, None, labels=batch.labels)

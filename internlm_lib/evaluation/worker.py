@@ -1,10 +1,9 @@
-"""One rank of stage 06: `python -m internlm_lib.evaluation.worker --run-folder PATH`.
+"""One rank of stage 06: `python -m internlm_lib.evaluation.worker RUN_FOLDER`.
 
 Rank 0 runs lm-evaluation-harness over the untrained and the trained weights, the other ranks
 compute along. The model is built once, and its weights are exchanged.
 """
 
-import argparse
 import json
 import os
 import time
@@ -104,15 +103,7 @@ def _progress_writer(path: Path, weights: str) -> Callable[[int, int], None]:
     return write
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="internlm_lib.evaluation.worker")
-    parser.add_argument("--run-folder", type=Path, required=True)
-    path = parser.parse_args().run_folder.resolve()
-    folder = RunFolder.of(path.name, path.parents[1])
+if __name__ == "__main__":
     # Everything is read from the run's folder: the harness's libraries need not look elsewhere.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    rank_main(lambda: evaluate_run(folder))
-
-
-if __name__ == "__main__":
-    main()
+    rank_main(evaluate_run)

@@ -31,7 +31,9 @@ def broken_rules(experiment: Experiment, unreadable: set[str]) -> list[str]:
     usable = (
         rule
         for rule in RULES
-        if not any(bad == key or bad.startswith(key + ".") for key in rule.reads for bad in unreadable)
+        if not any(
+            bad == key or bad.startswith(key + ".") for key in rule.reads for bad in unreadable
+        )
     )
     return [message for rule in usable for message in rule.check(experiment)]
 

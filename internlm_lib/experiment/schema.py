@@ -224,7 +224,11 @@ class Experiment(Section):
     @property
     def roles(self) -> tuple[Role, ...]:
         """The trainings of this experiment, in the order they run."""
-        return ROLES if self.parallel.reference else ("candidate",)
+        return tuple(role for role in ROLES if self.parallel.layout(role))
+
+    def layout(self, role: str) -> Layout:
+        """Layout of one of `roles`. Raises KeyError for another."""
+        return {role: layout for role in ROLES if (layout := self.parallel.layout(role))}[role]
 
 
 SECTIONS: tuple[str, ...] = tuple(Experiment.model_fields)

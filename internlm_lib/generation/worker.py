@@ -1,10 +1,9 @@
-"""One rank of stage 05: `python -m internlm_lib.generation.worker --run-folder PATH`.
+"""One rank of stage 05: `python -m internlm_lib.generation.worker RUN_FOLDER`.
 
 Reads the prompts that the stage wrote, lets the untrained and the trained weights continue them,
 and writes the texts.
 """
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,13 +66,5 @@ def continue_texts(
     return [tokenizer.decode(ids) for ids in continuations]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="internlm_lib.generation.worker")
-    parser.add_argument("--run-folder", type=Path, required=True)
-    path = parser.parse_args().run_folder.resolve()
-    folder = RunFolder.of(path.name, path.parents[1])
-    rank_main(lambda: generate_texts(folder))
-
-
 if __name__ == "__main__":
-    main()
+    rank_main(generate_texts)

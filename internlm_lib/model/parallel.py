@@ -21,9 +21,7 @@ def initialize_parallel(
     device.bind(int(os.environ.get("LOCAL_RANK", 0)))
     if device.name == "cpu":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group(
-        device.backend, timeout=timedelta(minutes=timeout_minutes)
-    )
+    torch.distributed.init_process_group(device.backend, timeout=timedelta(minutes=timeout_minutes))
     parallel_state.initialize_model_parallel(
         layout.tensor_model_parallel_size,
         layout.pipeline_model_parallel_size,

@@ -15,7 +15,9 @@ from internlm_lib.kernels.attention import causal_attention
 from internlm_lib.kernels.rmsnorm import rms_norm
 
 
-def layer_spec(*, attention_bias: bool, use_flash_attn: bool, use_fused_rmsnorm: bool) -> ModuleSpec:
+def layer_spec(
+    *, attention_bias: bool, use_flash_attn: bool, use_fused_rmsnorm: bool
+) -> ModuleSpec:
     """Spec of one transformer layer.
 
     megatron-core gives q, k, v their bias by `add_qkv_bias`; the bias on o has no switch there

@@ -10,6 +10,7 @@ from typing import IO
 
 from internlm_lib.errors import WorkerError
 from internlm_lib.ranks.orphans import die_with_parent
+from internlm_lib.run_folder import RunFolder
 
 LAUNCHER_VARIABLE = "INTERNLM_LAUNCHER_PID"
 LOGS_VARIABLE = "INTERNLM_RANK_LOGS"
@@ -21,16 +22,16 @@ _TAIL_LINES = 20
 
 def launch(
     module: str,
-    arguments: Sequence[str],
-    *,
+    folder: RunFolder,
+    *arguments: str,
     world_size: int,
     logs: Path,
     on_tick: Callable[[], None] | None = None,
 ) -> None:
-    """Run `python -m module arguments…` on `world_size` ranks of this machine until they end.
+    """Run `python -m module FOLDER ARGUMENTS…` on `world_size` ranks of this machine to the end.
 
     Args:
-        module: its `main` calls `ranks.rank.rank_main`.
+        module: run as a program it calls `ranks.rank.rank_main`.
         logs: gets `launcher.log`, `rank<N>.log` and, of a rank that failed, `rank<N>.error`.
         on_tick: called twice a second meanwhile, from the calling thread.
     Raises:
@@ -40,7 +41,7 @@ def launch(
     for old in logs.glob("rank*"):
         old.unlink()
     with (logs / "launcher.log").open("wb") as log:
-        job = _start(module, arguments, world_size, logs, log)
+        job = _start(module, [str(folder.path), *arguments], world_size, logs, log)
         try:
             _wait(job, on_tick)
         finally:

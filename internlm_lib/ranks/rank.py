@@ -10,10 +10,11 @@ from internlm_lib.errors import KitError
 from internlm_lib.files import write_text
 from internlm_lib.ranks.launch import LAUNCHER_VARIABLE, LOGS_VARIABLE
 from internlm_lib.ranks.orphans import kill_group_when_gone
+from internlm_lib.run_folder import RunFolder
 
 
-def rank_main(work: Callable[[], None]) -> None:
-    """Run `work` as one rank that `launch` started.
+def rank_main(work: Callable[..., None]) -> None:
+    """Run `work(run_folder, *arguments)` as one rank that `launch` started with these.
 
     Output goes to `rank<N>.log`; if `work` raises, the message of a KitError or the traceback goes
     to `rank<N>.error`, and the rank ends with code 1.
@@ -21,8 +22,9 @@ def rank_main(work: Callable[[], None]) -> None:
     logs, rank = Path(os.environ[LOGS_VARIABLE]), int(os.environ["RANK"])
     kill_group_when_gone(os.getppid(), int(os.environ[LAUNCHER_VARIABLE]))
     _redirect_output(logs / f"rank{rank}.log")
+    folder, *arguments = sys.argv[1:]
     try:
-        work()
+        work(RunFolder.at(Path(folder)), *arguments)
     except BaseException as error:
         traceback.print_exc()
         text = str(error) if isinstance(error, KitError) else traceback.format_exc()

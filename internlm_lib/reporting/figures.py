@@ -110,11 +110,13 @@ def save_table(rows: "Sequence[Mapping[str, Any]] | DataFrame", path: Path) -> P
 
 
 @style()
-def loss_figure(training: "LoggedTraining") -> "Figure":
-    """Loss over steps of a single training."""
+def loss_figure(candidate: "LoggedTraining", reference: "LoggedTraining | None" = None) -> "Figure":
+    """Loss over steps."""
     figure = _figure(7.0, 4.2)
     axes = figure.subplots()
-    axes.plot(training.numbers, training.losses, label=training.name, color=CANDIDATE.color)
+    if reference is not None:
+        axes.plot(reference.numbers, reference.losses, label=reference.name, **REFERENCE.line)
+    axes.plot(candidate.numbers, candidate.losses, label=candidate.name, **CANDIDATE.line)
     _label(axes, "Training loss", "step", "loss (nats per token)")
     axes.legend()
     return figure
@@ -148,6 +150,22 @@ def loss_comparison_figure(
         _note(right, comparison.broken or "no difference at any step")
     _label(right, "Relative error of the loss", "step", "|candidate - reference| / reference")
     _legend_below(right)
+    return figure
+
+
+@style()
+def schedule_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Learning rate over steps.
+
+    Args:
+        rows: `step`, `learning_rate`.
+    """
+    figure = _figure(7.0, 3.0)
+    axes = figure.subplots()
+    axes.plot([row["step"] for row in rows], [row["learning_rate"] for row in rows], color=BLACK)
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="scientific", scilimits=(0, 0), useMathText=True)
+    _label(axes, "Learning rate", "step", "learning rate")
     return figure
 
 

@@ -71,12 +71,12 @@ def compare_loss(stage: Stage, trainings: Trainings) -> LossComparison | None:
     Raises NotComparableError if the two are not the same experiment.
     """
     if trainings.reference is None:
-        _record_table(stage, "loss", _own_loss_rows(trainings.candidate))
+        stage.table("loss", _own_loss_rows(trainings.candidate))
         stage.tags({"compare/verdict": NOT_COMPARED})
         return None
     tolerance = stage.experiment.evaluation.loss_tolerance
     comparison = compare_losses(trainings.reference, trainings.candidate, tolerance)
-    _record_table(stage, "loss", _loss_rows(comparison))
+    stage.table("loss", _loss_rows(comparison))
     stage.metrics({f"compare/{name}": v for name, v in comparison.statistics().items()})
     stage.tags({"compare/verdict": comparison.verdict, "compare/tolerance": str(tolerance)})
     return comparison
@@ -99,9 +99,9 @@ def draw_loss(stage: Stage, trainings: Trainings, comparison: LossComparison | N
     from internlm_lib.reporting.figures import loss_comparison_figure, loss_figure
 
     if comparison is None or trainings.reference is None:
-        return _record_figure(stage, "loss", loss_figure(trainings.candidate))
+        return stage.figure("loss", loss_figure(trainings.candidate))
     figure = loss_comparison_figure(trainings.reference, trainings.candidate, comparison)
-    return _record_figure(stage, "loss", figure)
+    return stage.figure("loss", figure)
 
 
 def compare_throughput(stage: Stage, trainings: Trainings) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def compare_throughput(stage: Stage, trainings: Trainings) -> list[dict[str, Any
     rows = [throughput(training, role) for role, training in trainings.roles.items()]
     if trainings.reference is not None:
         rows[1]["ratio"] = throughput_ratio(*rows)
-    _record_table(stage, "throughput", rows)
+    stage.table("throughput", rows)
     values = {"tokens_per_second_per_device_ratio": rows[-1].get("ratio")}
     for row in rows:
         name = f"{row['role']}_tokens_per_second_per_device"
@@ -122,7 +122,7 @@ def draw_throughput(stage: Stage, rows: list[dict[str, Any]]) -> Path:
     """Draw the throughput bars; returns the PNG."""
     from internlm_lib.reporting.figures import throughput_figure
 
-    return _record_figure(stage, "throughput", throughput_figure(rows))
+    return stage.figure("throughput", throughput_figure(rows))
 
 
 def summarize(comparison: LossComparison | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -209,17 +209,3 @@ def _loss_rows(comparison: LossComparison) -> list[dict[str, Any]]:
 def _own_loss_rows(training: LoggedTraining) -> list[dict[str, Any]]:
     pairs = zip(training.numbers.tolist(), training.losses.tolist(), strict=True)
     return [{"step": step, "candidate": loss} for step, loss in pairs]
-
-
-def _record_table(stage: Stage, name: str, rows: list[dict[str, Any]]) -> None:
-    from internlm_lib.reporting.figures import save_table
-
-    stage.artifact(save_table(rows, stage.folder.tables / f"{name}.csv"))
-
-
-def _record_figure(stage: Stage, name: str, figure: Any) -> Path:
-    from internlm_lib.reporting.figures import save_figure
-
-    paths = save_figure(figure, stage.folder.figures / name)
-    stage.artifact(*paths)
-    return paths[0]

@@ -1,7 +1,7 @@
 """Stage 02: Hugging Face weights → Megatron's distributed checkpoint, checked tensor by tensor.
 
-Without `model.weights` the weights are drawn from `training.seed`. The work is done in ranks; this
-process only starts them and reads their record.
+Without `model.weights` the weights are drawn from `training.seed`. The conversion is done in ranks;
+this process only starts them and reads their record.
 """
 
 from collections.abc import Mapping
@@ -10,37 +10,41 @@ from typing import Any
 
 from internlm_lib.errors import KitError
 from internlm_lib.files import read_json
-from internlm_lib.stages.convert_worker import (
-    conversion_layout,
-    conversion_record,
-    source_folder,
-)
+from internlm_lib.ranks.launch import launch
+from internlm_lib.stages.convert_worker import conversion_layout, source_folder
 from internlm_lib.stages.stage import Stage
-from internlm_lib.training.launch import launch
 
 LOGIT_TOLERANCE = 1e-5
 """Largest difference of fp32 logits that rounding explains; a wrong layout gives 0.01 and more."""
-
-_WORKER = "internlm_lib.stages.convert_worker"
 
 
 def source_weights(stage: Stage) -> list[dict[str, Any]]:
     """Draw random weights, or check those given; returns table rows of the folder's files.
 
-    Raises WorkerError if the folder given does not hold the model of this experiment.
+    Raises InputError if the folder given does not hold the model of this experiment.
     """
-    _run_ranks(stage, "source", world_size=1)
-    source = source_folder(stage.folder, stage.experiment.model)
+    from internlm_lib.weights.huggingface import HuggingFaceFolder, write_random
+
+    model, training = stage.experiment.model, stage.experiment.training
+    if model.weights is None:
+        write_random(stage.folder.huggingface, model, training.seed, training.precision)
+    source = source_folder(stage.folder, model)
+    HuggingFaceFolder(source).check_shape(model)
     files = sorted([*source.glob("*.safetensors"), source / "config.json"])
     return [{"file": file.name, "bytes": file.stat().st_size} for file in files]
 
 
 def convert(stage: Stage) -> dict[str, Any]:
     """Write the checkpoint with the candidate's TP and PP; returns the record of its checks."""
-    record = conversion_record(stage.folder)
+    record = stage.folder.conversion_record
     record.unlink(missing_ok=True)
     layout = conversion_layout(stage.experiment.parallel.candidate)
-    _run_ranks(stage, "convert", world_size=layout.world_size)
+    launch(
+        "internlm_lib.stages.convert_worker",
+        stage.folder,
+        world_size=layout.world_size,
+        logs=stage.folder.path / "weights" / "logs",
+    )
     result: dict[str, Any] = read_json(record)
     stage.tags({"weights_sha256": result["weights_sha256"]})
     stage.metrics({"convert/parameters": result["parameters"]})
@@ -53,7 +57,7 @@ def convert(stage: Stage) -> dict[str, Any]:
 def tensor_rows(stage: Stage, record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table of names and splits, without the layers after the first; written as CSV too."""
     rows: list[dict[str, Any]] = record["table"]
-    _save_rows(stage, "tensors", rows)
+    stage.table("tensors", rows)
     return rows
 
 
@@ -74,7 +78,7 @@ def check_rows(stage: Stage, record: Mapping[str, Any]) -> list[dict[str, Any]]:
             "value": record["logits_not_checked"] if difference is None else difference,
         },
     ]
-    _save_rows(stage, "conversion", rows)
+    stage.table("conversion", rows)
     return rows
 
 
@@ -118,15 +122,3 @@ def run(stage: Stage) -> dict[str, Any]:
     check_rows(stage, record)
     check_conversion(record)
     return summarize(record)
-
-
-def _run_ranks(stage: Stage, step: str, world_size: int) -> None:
-    logs: Path = stage.folder.path / "weights" / "logs" / step
-    arguments = [step, "--run-folder", str(stage.folder.path)]
-    launch(_WORKER, arguments, world_size=world_size, logs=logs)
-
-
-def _save_rows(stage: Stage, name: str, rows: list[dict[str, Any]]) -> None:
-    from internlm_lib.reporting.figures import save_table
-
-    stage.artifact(save_table(rows, stage.folder.tables / f"{name}.csv"))

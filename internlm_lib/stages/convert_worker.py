@@ -1,11 +1,9 @@
-"""One rank of stage 02: `python -m internlm_lib.stages.convert_worker STEP --run-folder PATH`.
+"""One rank of stage 02: `python -m internlm_lib.stages.convert_worker RUN_FOLDER`.
 
-STEP `source` draws random weights, or checks the given ones; `convert` makes Megatron's checkpoint
-and the record of what was checked on it. It stands among the stages, not in `weights`, because it
+Makes Megatron's checkpoint and the record of what was checked on it. It stands among the stages, not in `weights`, because it
 also needs `generation`, to compute logits over all ranks.
 """
 
-import argparse
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,21 +37,6 @@ def conversion_layout(candidate: Layout) -> Layout:
         tensor_model_parallel_size=candidate.tensor_model_parallel_size,
         pipeline_model_parallel_size=candidate.pipeline_model_parallel_size,
     )
-
-
-def conversion_record(folder: RunFolder) -> Path:
-    return folder.path / "weights" / "conversion.json"
-
-
-def prepare_source(folder: RunFolder) -> None:
-    """Draw the weights, or check those that `model.weights` names."""
-    from internlm_lib.weights.huggingface import HuggingFaceFolder, write_random
-
-    _, experiment = load_experiment(folder.experiment)
-    model, training = experiment.model, experiment.training
-    if model.weights is None:
-        write_random(folder.huggingface, model, training.seed, training.precision)
-    HuggingFaceFolder(source_folder(folder, model)).check_shape(model)
 
 
 def convert(folder: RunFolder) -> None:
@@ -90,7 +73,7 @@ def _convert(folder: RunFolder, experiment: Experiment, layout: Layout, device: 
         **_compare_logits(gpt, source, experiment, device),
     }
     if is_rank_zero():
-        write_json(conversion_record(folder), record | {"weights_sha256": source.sha256})
+        write_json(folder.conversion_record, record | {"weights_sha256": source.sha256})
     shutdown()
 
 
@@ -187,16 +170,5 @@ def _gather(names: list[str]) -> set[str]:
     return {name for part in gathered for name in part}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="internlm_lib.stages.convert_worker")
-    parser.add_argument("step", choices=("source", "convert"))
-    parser.add_argument("--run-folder", type=Path, required=True)
-    arguments = parser.parse_args()
-    path = arguments.run_folder.resolve()
-    folder = RunFolder.of(path.name, path.parents[1])
-    step = {"source": prepare_source, "convert": convert}[arguments.step]
-    rank_main(lambda: step(folder))
-
-
 if __name__ == "__main__":
-    main()
+    rank_main(convert)

@@ -90,7 +90,7 @@ def score(stage: Stage, show: Callable[[str], None] = lambda text: None) -> Scor
     started = time.monotonic()
     launch(
         "internlm_lib.evaluation.worker",
-        ["--run-folder", str(stage.folder.path)],
+        stage.folder,
         world_size=inference_layout(stage.experiment.parallel.candidate).world_size,
         logs=evaluation_folder(stage.folder) / "logs",
         on_tick=lambda: show(f"{_progress(stage)}, {time.monotonic() - started:.0f} s"),
@@ -113,23 +113,21 @@ def accuracy_rows(stage: Stage, scores: Scores) -> list[dict[str, Any]]:
             for weights in WEIGHTS
         }
     )
-    _save_rows(stage, "accuracy", rows)
+    stage.table("accuracy", rows)
     return rows
 
 
 def draw_accuracy(stage: Stage, scores: Scores, protocol: str) -> Path:
     """Draw the accuracies of one protocol, with its CSV beside; returns the PNG."""
-    from internlm_lib.reporting.figures import accuracy_figure, save_figure
+    from internlm_lib.reporting.figures import accuracy_figure
 
     rows = [
         {"subject": subject, **{w: scores.accuracy(protocol, w, subject) for w in WEIGHTS}}
         for subject in (*scores.subjects, ALL)
     ]
-    _save_rows(stage, f"accuracy_{protocol}", rows)
+    stage.table(f"accuracy_{protocol}", rows)
     figure = accuracy_figure(rows, chance=CHANCE, title=f"Accuracy, {protocol} protocol")
-    paths = save_figure(figure, stage.folder.figures / f"accuracy_{protocol}")
-    stage.artifact(*paths)
-    return paths[0]
+    return stage.figure(f"accuracy_{protocol}", figure)
 
 
 def summarize(scores: Scores) -> dict[str, Any]:
@@ -206,9 +204,3 @@ def _progress(stage: Stage) -> str:
         return "starting"
     at = read_json(path)
     return f"{at['weights']} training: {at['done']} of {at['total']} prompts"
-
-
-def _save_rows(stage: Stage, name: str, rows: list[dict[str, Any]]) -> None:
-    from internlm_lib.reporting.figures import save_table
-
-    stage.artifact(save_table(rows, stage.folder.tables / f"{name}.csv"))

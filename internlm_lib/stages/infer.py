@@ -89,14 +89,14 @@ def answer(
     layout = inference_layout(stage.experiment.parallel.candidate)
     launch(
         "internlm_lib.generation.worker",
-        ["--run-folder", str(stage.folder.path)],
+        stage.folder,
         world_size=layout.world_size,
         logs=prompts_path(stage.folder).parent / "logs",
         on_tick=lambda: show(f"writing answers, {time.monotonic() - started:.0f} s"),
     )
     answers = _read_answers(stage, prompts)
     show(f"{len(answers)} prompts answered in {time.monotonic() - started:.0f} s")
-    _save_rows(stage, "texts", [a.row for a in answers])
+    stage.table("texts", [a.row for a in answers])
     return answers
 
 
@@ -161,9 +161,3 @@ def _read_answers(stage: Stage, prompts: list[Prompt]) -> list[Answer]:
     texts = read_json(texts_path(stage.folder))
     pairs = zip(texts["before"], texts["after"], strict=True)
     return [Answer(p, *pair) for p, pair in zip(prompts, pairs, strict=True)]
-
-
-def _save_rows(stage: Stage, name: str, rows: list[dict[str, Any]]) -> None:
-    from internlm_lib.reporting.figures import save_table
-
-    stage.artifact(save_table(rows, stage.folder.tables / f"{name}.csv"))

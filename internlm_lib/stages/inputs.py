@@ -28,8 +28,10 @@ class Reads:
 
 
 READS: dict[str, Reads] = {
-    "01_prepare": Reads(("model", "data", "evaluation.questions_path")),
-    "02_convert": Reads(("model", "training.seed"), ("01_prepare",)),
+    "01_prepare": Reads(("model", "data", "training.seq_length", "evaluation.questions_path")),
+    "02_convert": Reads(
+        ("model", "parallel.device", "parallel.candidate", "training.seed", "training.precision"),
+    ),
     # Not parallel.reference_run: naming another run to compare with must not train this one again.
     "03_train": Reads(
         ("parallel.device", "parallel.candidate", "parallel.reference", "training", "optimizer"),

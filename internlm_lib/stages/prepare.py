@@ -170,22 +170,20 @@ def count_rows(
         {"quantity": "samples of seq_length tokens in one epoch", "value": samples},
         {"quantity": "bytes per token on disk", "value": bin_path.stat().st_size // corpus.tokens},
     ]
-    _save_rows(stage, "corpus", rows)
+    stage.table("corpus", rows)
     return rows
 
 
 def draw_lengths(stage: Stage, corpus: Corpus) -> Path:
     """Draw the documents' lengths, with `tables/token_lengths.csv` beside; returns the PNG."""
-    from internlm_lib.reporting.figures import length_histogram, save_figure
+    from internlm_lib.reporting.figures import length_histogram
 
     counts = sorted(Counter(corpus.lengths).items())
     rows = [{"tokens": length, "documents": number} for length, number in counts]
-    _save_rows(stage, "token_lengths", rows)
+    stage.table("token_lengths", rows)
     seq_length = stage.experiment.training.seq_length
     figure = length_histogram(corpus.lengths, seq_length=seq_length)
-    paths = save_figure(figure, stage.folder.figures / "token_lengths")
-    stage.artifact(*paths)
-    return paths[0]
+    return stage.figure("token_lengths", figure)
 
 
 def sample_documents(stage: Stage, corpus: Corpus, tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -251,9 +249,3 @@ def run(stage: Stage) -> dict[str, Any]:
     draw_lengths(stage, corpus)
     check_corpus(stage, records, corpus, tokenizer)
     return summarize(corpus, tokenizer, questions)
-
-
-def _save_rows(stage: Stage, name: str, rows: list[dict[str, Any]]) -> None:
-    from internlm_lib.reporting.figures import save_table
-
-    stage.artifact(save_table(rows, stage.folder.tables / f"{name}.csv"))

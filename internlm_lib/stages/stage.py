@@ -5,10 +5,10 @@ notebook's cell metadata is not (a killed kernel leaves its cell marked "complet
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internlm_lib.errors import MissingStageError
 from internlm_lib.experiment.load import from_notebook, save_experiment
@@ -17,6 +17,9 @@ from internlm_lib.files import read_json, write_json
 from internlm_lib.journal import Journal
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.tracking.tail import Tail
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STAGES = ("01_prepare", "02_convert", "03_train", "04_compare", "05_infer", "06_evaluate")
 
@@ -44,6 +47,20 @@ class Stage:
         for path in paths:
             relative = path.relative_to(self.folder.root).as_posix()
             self.journal.write("artifact", stage=self.name, path=relative)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write `reports/<run>/tables/<name>.csv`, an artifact of this stage."""
+        from internlm_lib.reporting.figures import save_table
+
+        self.artifact(save_table(rows, self.folder.tables / f"{name}.csv"))
+
+    def figure(self, name: str, figure: "Figure") -> Path:
+        """Write `reports/<run>/figures/<name>.png` and `.svg`, artifacts; returns the PNG."""
+        from internlm_lib.reporting.figures import save_figure
+
+        paths = save_figure(figure, self.folder.figures / name)
+        self.artifact(*paths)
+        return paths[0]
 
     def needs(self, path: Path, made_by: str) -> Path:
         """`path`, or MissingStageError naming the stage that makes it."""

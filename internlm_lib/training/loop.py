@@ -1,5 +1,6 @@
 """The training loop: the same for every engine, device and layout."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,8 +43,15 @@ def train(
     device: Device,
     throughput: Throughput,
     record: Record,
+    save: Callable[[int], None],
 ) -> None:
-    """Take all steps, recording each. Raises KitError when the loss is no longer finite."""
+    """Take all steps, recording each.
+
+    Args:
+        save: called after every `save_interval` steps but the last, with the step's number.
+    Raises:
+        KitError: the loss is no longer finite.
+    """
     accumulate = training.num_micro_batches(layout)
     for step in range(1, training.train_iters + 1):
         lr = learning_rate(training, step)
@@ -57,28 +65,20 @@ def train(
             step_seconds=seconds, memory_bytes=device.peak_memory_bytes(),
             **throughput.rates(seconds),
         )  # fmt: skip
-        if result.loss != result.loss:
+        if not math.isfinite(result.loss):
             raise KitError(
-                f"step {step}: the loss is NaN (gradient norm {result.grad_norm}, lr {lr}); lower "
-                "training.lr, lengthen the warm-up or lower optimizer.clip_grad"
+                f"step {step}: the loss is {result.loss} (gradient norm {result.grad_norm}, lr "
+                f"{lr:g}); lower training.lr, lengthen the warm-up or lower optimizer.clip_grad"
             )
         if validation and step % training.eval_interval == 0:
-            number = step // training.eval_interval - 1
-            record("validation", step=step, loss=_validate(engine, validation, training, accumulate,
-                                                           number))  # fmt: skip
-
-
-def _validate(
-    engine: Engine,
-    validation: BatchStream,
-    training: TrainingSection,
-    accumulate: int,
-    number: int,
-) -> float:
-    """Mean over `eval_iters` batches, the next ones each time."""
-    first = number * training.eval_iters
-    losses = [
-        engine.validation_loss(validation.step(i), accumulate)
-        for i in range(first, first + training.eval_iters)
-    ]
-    return sum(losses) / len(losses)
+            first = (step // training.eval_interval - 1) * training.eval_iters
+            losses = [
+                engine.validation_loss(validation.step(i), accumulate)
+                for i in range(first, first + training.eval_iters)
+            ]
+            record("validation", step=step, loss=sum(losses) / len(losses))
+        if (
+            training.save_interval
+            and step % training.save_interval == 0 < training.train_iters - step
+        ):
+            save(step)

@@ -1,32 +1,37 @@
-"""One rank of a training: `python -m internlm_lib.training.worker ROOT RUN ROLE` under torchrun."""
+"""One rank of a training: `python -m internlm_lib.training.worker RUN_FOLDER ROLE`."""
 
-import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internlm_lib import provenance
 from internlm_lib.devices import Device, select_device
 from internlm_lib.experiment.load import load_experiment
-from internlm_lib.experiment.schema import Experiment, Layout, Role
+from internlm_lib.experiment.schema import Experiment, Layout
+from internlm_lib.files import read_json
 from internlm_lib.journal import Journal
 from internlm_lib.model.arithmetic import model_flops_per_token, parameter_count
 from internlm_lib.ranks.rank import rank_main
 from internlm_lib.run_folder import RunFolder
+from internlm_lib.training.recompute import RecomputePlan, plan_recompute
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from internlm_lib.engines.base import Engine
 
 
-def train_role(folder: RunFolder, role: Role) -> None:
+def train_role(folder: RunFolder, role: str) -> None:
     """Train one layout of the run's experiment from the run's converted weights."""
     _, experiment = load_experiment(folder.experiment)
-    layout = experiment.parallel.layout(role)
-    assert layout is not None, f"{folder.experiment}: no parallel.{role}"
+    layout = experiment.layout(role)
     device = select_device(experiment.parallel.device)
     device.adapt_megatron()
     _train(folder, role, experiment, layout, device)
 
 
 def _train(
-    folder: RunFolder, role: Role, experiment: Experiment, layout: Layout, device: Device
+    folder: RunFolder, role: str, experiment: Experiment, layout: Layout, device: Device
 ) -> None:
     # These import megatron, which must be adapted to the device first.
     from megatron.core import parallel_state
@@ -35,9 +40,9 @@ def _train(
     from internlm_lib.model.build import build_gpt_model
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
     from internlm_lib.training.loop import Throughput, train
-    from internlm_lib.weights.megatron import load_weights
+    from internlm_lib.weights.megatron import load_weights, save_weights
 
-    training = experiment.training
+    training, files = experiment.training, folder.training(role)
     initialize_parallel(
         layout, device, seed=training.seed,
         timeout_minutes=experiment.parallel.distributed_timeout_minutes,
@@ -45,7 +50,11 @@ def _train(
     datasets = build_datasets(
         folder.corpus_prefix, experiment.data, training, experiment.model.vocab_size
     )
-    gpt = build_gpt_model(experiment.model, layout, training, device)
+    plan = plan_recompute(experiment, layout)
+    gpt = build_gpt_model(
+        experiment.model, layout, training, device,
+        recompute_num_layers=plan.num_layers if plan else 0,
+    )  # fmt: skip
     load_weights(gpt, folder.megatron)
     engine = _engine(gpt, layout, experiment)
 
@@ -61,27 +70,31 @@ def _train(
         )
         for dataset in datasets
     )
-    journal = Journal(folder.training(role).journal) if is_rank_zero() else None
-    record = journal.write if journal else lambda *args, **fields: None
     throughput = Throughput(
         training.global_batch_size * training.seq_length,
         layout.world_size,
         model_flops_per_token(experiment.model, training.seq_length),
     )
+
+    def save(path: Path) -> None:
+        with engine.whole_weights() as weights:
+            save_weights(weights, path)
+
+    record = Journal(files.journal).write if is_rank_zero() else _record_nothing
     begin = time.time()
-    if journal:
-        journal.write("start", **_identity(folder, role, experiment, layout, device),
-                      data_sha256=data_order_sha256(datasets[0]))  # fmt: skip
+    if is_rank_zero():
+        data_sha256 = data_order_sha256(datasets[0])
+        record("start", **_start(folder, role, experiment, layout, device, plan, data_sha256))
     train(
         engine, train_batches, valid_batches, training=training, layout=layout, device=device,
-        throughput=throughput, record=record,
+        throughput=throughput, record=record, save=lambda step: save(files.checkpoint_of(step)),
     )  # fmt: skip
-    engine.save_weights(folder.training(role).checkpoint)
+    save(files.checkpoint)
     record("end", status="done", seconds=time.time() - begin)
     shutdown()
 
 
-def _engine(gpt: Any, layout: Layout, experiment: Experiment) -> Any:
+def _engine(gpt: "GPTModel", layout: Layout, experiment: Experiment) -> "Engine":
     if layout.engine == "deepspeed":
         from internlm_lib.engines.zero import ZeroEngine
 
@@ -91,11 +104,22 @@ def _engine(gpt: Any, layout: Layout, experiment: Experiment) -> Any:
     return MegatronEngine(gpt, layout, experiment.training, experiment.optimizer)
 
 
-def _identity(
-    folder: RunFolder, role: Role, experiment: Experiment, layout: Layout, device: Device
+def _record_nothing(event: str, **fields: Any) -> None:
+    """What ranks other than the first write."""
+
+
+def _start(
+    folder: RunFolder,
+    role: str,
+    experiment: Experiment,
+    layout: Layout,
+    device: Device,
+    plan: RecomputePlan | None,
+    data_sha256: str,
 ) -> dict[str, Any]:
     """What the `start` event says a training is."""
     training = experiment.training
+    checkout = Path(__file__).resolve().parents[2]
     return {
         "role": role,
         "engine": layout.engine,
@@ -108,14 +132,16 @@ def _identity(
         "first_step": 1,
         "tokens_per_step": training.global_batch_size * training.seq_length,
         "parameters": parameter_count(experiment.model),
+        "recompute_num_layers": plan.num_layers if plan else None,
+        "tags": {
+            "config_sha256": provenance.sha256_of_experiment(experiment),
+            "data_sha256": data_sha256,
+            "weights_sha256": read_json(folder.conversion_record)["weights_sha256"],
+            "environment_sha256": provenance.environment_sha256(),
+            "git_commit": provenance.git_state(checkout)["git_commit"],
+        },
     }
 
 
-def main() -> None:
-    root, run, role = sys.argv[1:]
-    folder = RunFolder.of(run, Path(root))
-    rank_main(lambda: train_role(folder, role))  # type: ignore[arg-type]
-
-
 if __name__ == "__main__":
-    main()
+    rank_main(train_role)

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "internlm_lib"
 HOUSE = (
     ("errors", "files", "provenance", "journal", "run_folder"),
     ("experiment", "devices", "published"),
-    ("data", "kernels", "tracking"),
+    ("data", "kernels", "tracking", "ranks"),
     ("model",),
     ("weights", "engines"),
     ("training", "generation", "reporting", "planning"),
@@ -31,8 +31,8 @@ ALLOWED_IN = {
     "mlflow": ("tracking/",),
     "deepspeed": ("engines/zero.py", "weights/zero.py"),
     "megatron": (
-        "devices/", "model/", "engines/", "weights/", "data/batches.py", "training/checkpoint.py",
-        "generation/",
+        "devices/", "model/", "engines/", "weights/", "data/batches.py", "data/indexed.py",
+        "training/", "generation/",
     ),
     "lm_eval": ("evaluation/",),
     "papermill": ("pipeline.py",),

@@ -1,0 +1,167 @@
+"""Stage 03: train every layout of the experiment from the same weights, each by its own engine.
+
+The work is done in ranks (`training/worker.py`); this process starts them and follows their journal.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from internlm_lib.data.indexed import token_files
+from internlm_lib.devices import select_device
+from internlm_lib.devices.base import check_world_size
+from internlm_lib.errors import KitError
+from internlm_lib.ranks.launch import launch
+from internlm_lib.reporting.loss import LoggedTraining, read_training
+from internlm_lib.reporting.performance import throughput
+from internlm_lib.stages.stage import Stage
+from internlm_lib.training.progress import TrainingProgress
+from internlm_lib.training.recompute import plan_recompute
+from internlm_lib.training.schedule import learning_rate
+
+_CURVE_POINTS = 200
+
+
+def check_inputs(stage: Stage) -> list[dict[str, Any]]:
+    """Refuse what cannot run before any rank starts; returns table rows, one per training.
+
+    Raises:
+        MissingStageError: token files or converted weights are not there.
+        InputError: too few devices on this machine, or a training that fits none of them.
+    """
+    for path in token_files(stage.folder.corpus_prefix):
+        stage.needs(path, "01_prepare")
+    stage.needs(stage.folder.megatron, "02_convert")
+    training, device = stage.experiment.training, select_device(stage.experiment.parallel.device)
+    rows = []
+    for role in stage.experiment.roles:
+        layout = stage.experiment.layout(role)
+        check_world_size(device, layout.world_size, f"parallel.{role}")
+        plan = plan_recompute(stage.experiment, layout)
+        rows.append(
+            {
+                "training": role,
+                "layout": layout.label,
+                "ranks": layout.world_size,
+                "device": device.name,
+                "micro-batches per step": training.num_micro_batches(layout),
+                "tokens per step": training.global_batch_size * training.seq_length,
+                "steps": training.train_iters,
+                "layers recomputed": plan.num_layers if plan else training.recompute_granularity,
+            }
+        )
+    return rows
+
+
+def draw_schedule(stage: Stage) -> Path:
+    """Draw the learning rate over the steps, with its CSV beside; returns the PNG."""
+    from internlm_lib.reporting.figures import schedule_figure
+
+    training = stage.experiment.training
+    stride = max(1, training.train_iters // _CURVE_POINTS)
+    steps = [*range(1, training.train_iters, stride), training.train_iters]
+    rows = [{"step": step, "learning_rate": learning_rate(training, step)} for step in steps]
+    stage.table("schedule", rows)
+    return stage.figure("schedule", schedule_figure(rows))
+
+
+def train(stage: Stage, show: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """Train all roles, one after the other; returns table rows of what came out.
+
+    Args:
+        show: told the latest step, loss, tokens/s and time left, in a line of text.
+    Raises:
+        WorkerError: a rank failed.
+    """
+    for role in stage.experiment.roles:
+        _train_role(stage, role, show)
+    rows = [
+        {"training": role, "layout": training.start["layout"], **_numbers(training)}
+        for role, training in _trainings(stage).items()
+    ]
+    stage.table("training", rows)
+    return rows
+
+
+def draw_losses(stage: Stage) -> Path:
+    """Draw the loss of every training; returns the PNG."""
+    from internlm_lib.reporting.figures import loss_figure
+
+    return stage.figure("training_loss", loss_figure(**_trainings(stage)))
+
+
+def summarize(stage: Stage) -> dict[str, Any]:
+    """The stage's result: `reference` (None without one) and `candidate`."""
+    rows = {
+        role: {
+            "engine": training.start["engine"],
+            "layout": training.start["layout"],
+            **_numbers(training),
+        }
+        for role, training in _trainings(stage).items()
+    }
+    return {"reference": None, **rows}
+
+
+def check_losses(result: Mapping[str, Any]) -> str:
+    """Says how the loss went.
+
+    Raises KitError if a training ended with a higher loss than it began with.
+    """
+    parts = []
+    for role, row in result.items():
+        if row is None:
+            continue
+        line = f"{role} loss {row['loss_first']:.4g} → {row['loss_last']:.4g}"
+        if row["loss_last"] > row["loss_first"]:
+            raise KitError(
+                f"03_train: the {line}: it rose; lower training.lr, lengthen the warm-up, or look "
+                "at the first batches in 01_prepare"
+            )
+        parts.append(line)
+    return "; ".join(parts)
+
+
+def run(stage: Stage, show: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """All steps in order; returns the stage's result. Raises what `check_losses` raises."""
+    check_inputs(stage)
+    draw_schedule(stage)
+    train(stage, show)
+    draw_losses(stage)
+    result = summarize(stage)
+    check_losses(result)
+    return result
+
+
+def _train_role(stage: Stage, role: str, show: Callable[[str], None]) -> None:
+    files = stage.folder.training(role)
+    shutil.rmtree(files.checkpoint, ignore_errors=True)
+    shutil.rmtree(files.checkpoint.with_name("checkpoints"), ignore_errors=True)
+    progress = TrainingProgress(files.journal)
+    launch(
+        "internlm_lib.training.worker",
+        stage.folder,
+        role,
+        world_size=stage.experiment.layout(role).world_size,
+        logs=files.logs,
+        on_tick=lambda: show(f"{role}: {progress.text() or 'starting'}"),
+    )
+    show(f"{role}: {progress.text()}")
+
+
+def _trainings(stage: Stage) -> dict[str, LoggedTraining]:
+    return {
+        role: read_training(stage.folder.training(role).journal, role)
+        for role in stage.experiment.roles
+    }
+
+
+def _numbers(training: LoggedTraining) -> dict[str, float]:
+    """First and last loss in nats per token; the median rate over all devices together."""
+    row = throughput(training, training.start["role"])
+    return {
+        "loss_first": float(training.losses[0]),
+        "loss_last": float(training.losses[-1]),
+        "tokens_per_second": row["tokens_per_second_per_device"] * row["devices"],
+    }

@@ -1,1 +1,0 @@
-from internlm_lib.ranks.launch import launch  # noqa: F401

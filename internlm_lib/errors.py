@@ -1,10 +1,10 @@
-"""Errors a user can act on. Every message says where, what was found, what is allowed, what to do."""
+"""Errors a user can act on: where, what was found, what is allowed, what to do."""
 
 from collections.abc import Sequence
 
 
 class KitError(Exception):
-    """Base of every error the kit raises on purpose; the command line prints it without a traceback."""
+    """Base of every error raised on purpose; the command line prints it without a traceback."""
 
     exit_code = 1
 

@@ -121,7 +121,7 @@ class TrainingFolder:
 
     @property
     def logs(self) -> Path:
-        """`launcher.log`, `rank0.log`, `rank1.log` …; `rank1.error` holds a failed rank's traceback."""
+        """`launcher.log`, `rank0.log` …; `rank1.error` holds the traceback of a failed rank."""
         return self.path / "logs"
 
     @property

@@ -1,11 +1,17 @@
 """What all tests share: a project root of their own, so that no test writes into the checkout."""
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Ranks that tests start find this folder's modules by their names from the checkout's root.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 
 @pytest.fixture

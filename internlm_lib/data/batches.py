@@ -85,7 +85,7 @@ def data_order_sha256(dataset: GPTDataset) -> str:
 
 
 class BatchStream:
-    """Micro-batches of one data parallel rank, in the order of Megatron's MegatronPretrainingSampler.
+    """Micro-batches of one data parallel rank, in the order of MegatronPretrainingSampler.
 
     Step k (from 0) takes samples k·G … (k+1)·G − 1 of the shuffled dataset; micro-batch m of data
     parallel rank d takes the d-th slice of the m-th part of these. Any step can be asked for.

@@ -1,4 +1,4 @@
-"""Ascend NPUs through torch_npu, whose `transfer_to_npu` turns torch.cuda calls into torch.npu's."""
+"""Ascend NPUs through torch_npu, whose `transfer_to_npu` makes torch.cuda calls torch.npu's."""
 
 import importlib.util
 from typing import TYPE_CHECKING, Any

@@ -17,7 +17,7 @@ from internlm_lib.experiment.presets import PRESETS
 from internlm_lib.experiment.rules import broken_rules
 from internlm_lib.experiment.schema import SECTIONS, Experiment, Layout, Section
 from internlm_lib.files import write_text
-from internlm_lib.run_folder import project_root
+from internlm_lib.run_folder import RunFolder, project_root
 
 NOTEBOOK_PARAMETERS: tuple[str, ...] = ("run_name", *SECTIONS, "overrides")
 """What a params file may hold at its top level, and what every notebook declares."""
@@ -35,7 +35,7 @@ def load_params(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such params file; in params/ there are: {', '.join(known)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected a mapping of sections ({', '.join(SECTIONS)})")
@@ -59,7 +59,7 @@ def from_notebook(parameters: Mapping[str, Any]) -> tuple[str, Experiment]:
     values = {name: parameters[name] for name in NOTEBOOK_PARAMETERS if name in parameters}
     if not any(values.get(section) for section in SECTIONS):
         defaults = load_params(project_root() / "params" / DEFAULT_PARAMS)
-        values = {**defaults, **{k: v for k, v in values.items() if v}}
+        values = {**defaults, **{k: v for k, v in values.items() if v not in (None, {})}}
     return resolve(values, {}, source="notebook parameters", default_run_name="tiny")
 
 
@@ -81,7 +81,7 @@ def resolve(
     """
     problems: list[str] = []
     merged = _merge(values, overrides, problems)
-    run_name = merged.pop("run_name", None) or default_run_name
+    run_name = _read_run_name(merged.pop("run_name", None), default_run_name, problems)
     sections, unreadable = _read_sections(merged, problems)
     if sections is not None:
         problems += broken_rules(sections, unreadable)
@@ -136,34 +136,47 @@ def _assign(values: dict[str, Any], dotted: str, value: Any, problems: list[str]
     target[last] = value
 
 
+def _read_run_name(run_name: Any, default: str, problems: list[str]) -> str:
+    if run_name is None:
+        return default
+    try:
+        return RunFolder.of(run_name).name
+    except InputError as error:
+        problems.append(str(error))
+        return default
+
+
 def _read_sections(
     values: Mapping[str, Any], problems: list[str]
 ) -> tuple[Experiment | None, set[str]]:
     """Read all sections, leaving unreadable keys at their defaults so that rules can go on."""
     values = {name: section for name, section in values.items() if section is not None}
+    unreadable: set[str] = set()
     model = values.get("model", {})
     if isinstance(model, Mapping):
         values["model"] = _fill_preset(model, problems)
+        if "preset" in model and model["preset"] != values["model"]["preset"]:
+            unreadable.add("model")
     raw = {**{section: {} for section in SECTIONS}, **values}
     try:
-        return Experiment.model_validate(raw), set()
+        return Experiment.model_validate(raw), unreadable
     except ValidationError as error:
         details = error.errors()
     problems += [_describe(detail, raw) for detail in details]
-    bad = [tuple(detail["loc"]) for detail in details]
-    for location in bad:
-        _delete(raw, location)
+    for detail in details:
+        raw = _without(raw, detail["loc"])
+        unreadable.add(".".join(map(str, detail["loc"])))
     raw["model"] = _fill_preset(raw.get("model") or {}, [])
     raw = {**{section: {} for section in SECTIONS}, **raw}
     try:
-        return Experiment.model_validate(raw), {".".join(map(str, loc)) for loc in bad}
+        return Experiment.model_validate(raw), unreadable
     except ValidationError:
-        return None, set()
+        return None, unreadable
 
 
 def _fill_preset(model: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     preset = model.get("preset", "internlm-tiny")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         near = _nearest(str(preset), PRESETS)
         problems.append(f"model.preset = {preset!r}: allowed are {', '.join(PRESETS)}{near}")
         preset = "internlm-tiny"
@@ -217,13 +230,9 @@ def _nearest(name: str, allowed: Any) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
-def _delete(values: dict[str, Any], location: tuple[Any, ...]) -> None:
-    target: Any = values
-    for part in location[:-1]:
-        if not isinstance(target, dict) or not isinstance(target.get(part), dict):
-            break
-        target = target[part]
-    else:
-        target.pop(location[-1], None)
-        return
-    _delete(values, location[:-1])
+def _without(values: dict[str, Any], location: tuple[Any, ...]) -> dict[str, Any]:
+    """A copy without the key at `location`, or without the last mapping's key on the way there."""
+    key, *rest = location
+    if rest and isinstance(values.get(key), dict):
+        return {**values, key: _without(values[key], tuple(rest))}
+    return {name: value for name, value in values.items() if name != key}

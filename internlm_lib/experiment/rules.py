@@ -32,7 +32,9 @@ def broken_rules(experiment: Experiment, unreadable: set[str]) -> list[str]:
         rule
         for rule in RULES
         if not any(
-            bad == key or bad.startswith(key + ".") for key in rule.reads for bad in unreadable
+            f"{bad}.".startswith(f"{key}.") or f"{key}.".startswith(f"{bad}.")
+            for key in rule.reads
+            for bad in unreadable
         )
     )
     return [message for rule in usable for message in rule.check(experiment)]
@@ -85,7 +87,7 @@ def _sequence_parallel(e: Experiment) -> Iterator[str]:
         if layout.tensor_model_parallel_size == 1:
             yield (
                 f"{key}.sequence_parallel = true needs {key}.tensor_model_parallel_size above 1 "
-                "(it splits activations over the tensor parallel ranks); raise one or drop the other"
+                "(it splits activations over tensor parallel ranks); raise one or drop the other"
             )
         yield from _must_divide(
             "training.seq_length", e.training.seq_length,
@@ -131,6 +133,15 @@ def _sequence_fits(e: Experiment) -> Iterator[str]:
         yield (
             f"training.seq_length = {e.training.seq_length} exceeds model.max_position_embeddings "
             f"= {e.model.max_position_embeddings}; shorten the sequence or raise the limit"
+        )
+
+
+@_rule("data.split")
+def _something_to_train_on(e: Experiment) -> Iterator[str]:
+    if float(e.data.split.split(",")[0]) == 0:
+        yield (
+            f"data.split = {e.data.split!r} leaves nothing to train on; "
+            'give the first of its three weights more than 0, e.g. "949,50,1"'
         )
 
 

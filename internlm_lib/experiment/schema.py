@@ -57,9 +57,9 @@ class ModelSection(Section):
 
 class DataSection(Section):
     train_path: Text | None = None
-    """Alpaca-schema parquet, JSON or JSON-lines file (or folder of them); null makes the pocket world."""
+    """Alpaca-schema parquet, JSON or JSON-lines file, or folder of them; null: the pocket world."""
     tokenizer_model: Text | None = None
-    """sentencepiece `tokenizer.model`; null trains one of `model.vocab_size` pieces on the corpus."""
+    """sentencepiece `tokenizer.model`; null trains one of `model.vocab_size` pieces on the data."""
     prompt_template: Literal["alpaca", "ascendspeed", "question_answer"] = "alpaca"
     """How a record becomes text: Stanford Alpaca's, the predecessor's (byte-compatible), or the
     `Question: … Answer: …` form the evaluation asks in."""
@@ -80,7 +80,7 @@ class Layout(Section):
     data_parallel_size: Count = 1
     sequence_parallel: Flag = False
     use_distributed_optimizer: Flag = True
-    """Shard optimizer states over data parallel ranks (engine megatron; DeepSpeed has zero_stage)."""
+    """Shard optimizer states over data parallel ranks (engine megatron; deepspeed: zero_stage)."""
     zero_stage: Annotated[Integer, Field(ge=0, le=3)] = 0
     """ZeRO stage (engine deepspeed: 1, 2 or 3; engine megatron: 0)."""
 
@@ -193,7 +193,10 @@ class EvaluationSection(Section):
     questions_path: Text | None = None
     """Folder in the original MMLU layout (`dev/`, `test/`); null takes the pocket world's."""
     num_fewshot: CountOrZero = 5
-    protocols: tuple[Literal["cloze", "letter"], ...] = ("cloze", "letter")
+    protocols: Annotated[tuple[Literal["cloze", "letter"], ...], Field(min_length=1)] = (
+        "cloze",
+        "letter",
+    )
     """Score the options by their text after `Answer:` (cloze) or by their letter."""
     limit: Count | None = None
     """Questions per subject; null asks all."""

@@ -17,6 +17,8 @@ def parse_number(value: Any) -> float:
         number = float(value)
     except ValueError:
         raise ValueError("not a number; write one, e.g. 1.0e-5") from None
+    except OverflowError:
+        raise ValueError("not a finite number") from None
     if not math.isfinite(number):
         raise ValueError("not a finite number")
     return number
@@ -27,7 +29,10 @@ def parse_integer(value: Any) -> int:
     number = parse_number(value)
     if not number.is_integer():
         raise ValueError("not a whole number; write one without a fraction")
-    return value if isinstance(value, int) else int(number)
+    try:
+        return int(value)  # exact; a float rounds from 17 digits on
+    except ValueError:
+        return int(number)
 
 
 def parse_flag(value: Any) -> bool:

@@ -10,12 +10,12 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
 
 from internlm_lib.devices import Device
 from internlm_lib.experiment.schema import Layout, ModelSection, TrainingSection
+from internlm_lib.model.precision import DTYPES
 from internlm_lib.model.spec import layer_spec, norm_spec
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def padded_vocab_size(model: ModelSection, tensor_model_parallel_size: int) -> int:
@@ -81,8 +81,10 @@ def transformer_config(
         add_qkv_bias=model.attention_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=model.init_method_std,
-        perform_initialization=False,
+        # Not perform_initialization=False: that also leaves off the marks that tell a tensor
+        # parallel shard from a copy, and the gradient norm would count one rank's shards only.
+        init_method=_leave_undefined,
+        output_layer_init_method=_leave_undefined,
         use_cpu_initialization=device.name == "cpu",
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
@@ -101,6 +103,11 @@ def transformer_config(
         # Pipeline neighbours exchange tensors one by one: gloo has no batched device-side order.
         batch_p2p_comm=device.name != "cpu",
     )
+
+
+def _leave_undefined(weight: Tensor) -> Tensor:
+    """Initialisation of weights that are loaded in any case."""
+    return weight
 
 
 def _block_spec(

@@ -5,7 +5,6 @@ this process only starts them and reads their record.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from internlm_lib.errors import KitError

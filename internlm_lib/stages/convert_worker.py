@@ -1,7 +1,7 @@
 """One rank of stage 02: `python -m internlm_lib.stages.convert_worker RUN_FOLDER`.
 
-Makes Megatron's checkpoint and the record of what was checked on it. It stands among the stages, not in `weights`, because it
-also needs `generation`, to compute logits over all ranks.
+Makes Megatron's checkpoint and the record of what was checked on it. It stands among the stages,
+not in `weights`, because it also needs `generation`, to compute logits over all ranks.
 """
 
 import math

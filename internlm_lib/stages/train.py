@@ -1,6 +1,6 @@
 """Stage 03: train every layout of the experiment from the same weights, each by its own engine.
 
-The work is done in ranks (`training/worker.py`); this process starts them and follows their journal.
+The work is done in ranks (`training/worker.py`); this process starts them and follows the journal.
 """
 
 import shutil

@@ -18,9 +18,10 @@ class TrainingProgress:
         self._step: dict[str, Any] | None = None
 
     def text(self) -> str:
-        """The latest step, e.g. `step 57/200, loss 2.310, 9,870 tokens/s, 0:48 left`; "" before it."""
+        """The latest step, e.g. `step 57/200, loss 2.31, 9,870 tokens/s, 0:48 left`; or ""."""
         try:
-            for event, self._offset in read_journal(self._journal, self._offset):
+            for event, offset in read_journal(self._journal, self._offset):
+                self._offset = offset
                 if event["event"] == "start":
                     self._start, self._step = event, None
                 elif event["event"] == "step":

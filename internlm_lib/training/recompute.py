@@ -48,7 +48,7 @@ def plan_recompute(experiment: Experiment, layout: Layout) -> RecomputePlan | No
 
 
 def _state_bytes(experiment: Experiment, layout: Layout) -> int:
-    """Weights, gradients and optimizer states of the first pipeline stage, which has most of all."""
+    """Weights, gradients and optimizer states of the first pipeline stage, which has most."""
     model, precision = experiment.model, experiment.training.precision
     layers = model.num_layers // layout.pipeline_model_parallel_size
     embeddings = 2 if layout.pipeline_model_parallel_size == 1 else 1
@@ -85,6 +85,6 @@ def _activation_bytes(experiment: Experiment, layout: Layout, layers: int, recom
         values += whole
     tokens = training.seq_length * training.micro_batch_size
     held = layout.pipeline_model_parallel_size * tokens * values * _VALUE_BYTES[training.precision]
-    # Output scores over the vocabulary and their gradient in fp32, where a single stage has them too.
+    # Output scores over the vocabulary and their gradient, in fp32; with more stages, on the last.
     head = 2 * 4 * tokens * model.vocab_size / t if layout.pipeline_model_parallel_size == 1 else 0
     return round(held + head)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,9 +17,11 @@ from torch import Tensor
 from internlm_lib.errors import InputError
 from internlm_lib.experiment.schema import ModelSection
 from internlm_lib.files import atomic_path, read_json, sha256_of, write_json
+from internlm_lib.model.precision import DTYPES
 from internlm_lib.weights.layout import huggingface_shapes
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -142,10 +144,10 @@ def write_random(folder: Path, model: ModelSection, seed: int, precision: str) -
     return folder
 
 
-def transformers_logits(folder: HuggingFaceFolder, model: ModelSection, tokens: Tensor) -> Tensor:
-    """Logits [b, s, V] in fp32 of transformers' LLaMA with these weights, on the tokens' device.
+def transformers_model(folder: HuggingFaceFolder, model: ModelSection) -> "LlamaForCausalLM":
+    """transformers' LLaMA with these weights in fp32; it shares no code with this kit's model.
 
-    An implementation that shares no code with ours.
+    Source of the equivalence: InternLM's own `modeling_internlm.py` is LLaMA with these biases.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -164,7 +166,12 @@ def transformers_logits(folder: HuggingFaceFolder, model: ModelSection, tokens: 
     )
     llama = LlamaForCausalLM(config).float()
     llama.load_state_dict({name: folder.read(name) for name in folder.names()}, strict=True)
-    llama.to(tokens.device).eval()
+    return llama
+
+
+def transformers_logits(folder: HuggingFaceFolder, model: ModelSection, tokens: Tensor) -> Tensor:
+    """Logits [b, s, V] in fp32 of `transformers_model`, on the tokens' device."""
+    llama = transformers_model(folder, model).to(tokens.device).eval()
     with torch.no_grad():
         logits: Tensor = llama(tokens, use_cache=False).logits
     return logits

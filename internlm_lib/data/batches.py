@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
+from internlm_lib.data.indexed import token_files
 from internlm_lib.errors import InputError
 from internlm_lib.experiment.schema import DataSection, TrainingSection
+from internlm_lib.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def build_datasets(
     """Training and validation samples of `<prefix>.bin/.idx` (the latter None without validation).
 
     Collective: rank 0 builds the index maps beside the data, the others read them.
-    Raises InputError if the training part holds no whole sample.
+    Raises InputError if a part that is asked for holds no whole sample.
     """
     train_samples = training.train_iters * training.global_batch_size
     validations = training.train_iters // training.eval_interval + 1
@@ -54,23 +57,48 @@ def build_datasets(
         sequence_length=training.seq_length,
         blend=([str(prefix)], None),
         split=data.split,
-        path_to_cache=str(prefix.parent / "index"),
+        path_to_cache=str(_index_folder(prefix)),
         tokenizer=_Vocabulary(vocab_size),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
     )
+    train_part, valid_part, _ = config.split_matrix
+    _check_part(prefix, "training", train_part, data, training)
+    if training.eval_iters:
+        _check_part(prefix, "validation", valid_part, data, training)
+    # Only the parts that are read: of a part without documents megatron counts epochs for ever.
+    config.split_matrix = [train_part, valid_part if training.eval_iters else None, None]
     train, valid, _ = BlendedMegatronDatasetBuilder(
         GPTDataset, [train_samples, valid_samples, 0], lambda: True, config
     ).build()
-    if train is None or len(train) < train_samples:
+    return train, valid
+
+
+def _index_folder(prefix: Path) -> Path:
+    """Where megatron keeps its index maps: it names them after the path and the settings alone, so
+    that those of an earlier corpus at `prefix` would be taken for this one's."""
+    return prefix.parent / "index" / sha256_of(token_files(prefix)[1])[:16]
+
+
+def _check_part(
+    prefix: Path,
+    name: str,
+    part: tuple[float, float] | None,
+    data: DataSection,
+    training: TrainingSection,
+) -> None:
+    documents = IndexedDataset(str(prefix))  # closes the file that its lengths are read from
+    first, end = (round(bound * len(documents)) for bound in part or (0, 0))  # as megatron rounds
+    tokens = int(documents.sequence_lengths[first:end].sum())
+    if tokens <= training.seq_length:
+        number = "first" if name == "training" else "second"
         raise InputError(
-            f"{prefix}: the training part ({data.split}) holds less than one sample of "
-            f"training.seq_length = {training.seq_length} tokens; give more data, a shorter "
-            "sequence or a larger first number in data.split"
+            f"{prefix}: the {name} part (data.split = {data.split}) holds {tokens} tokens, less "
+            f"than one sample of training.seq_length = {training.seq_length} and the token that "
+            f"follows; give more data, a shorter sequence or a larger {number} number in data.split"
         )
-    return train, valid if training.eval_iters else None
 
 
 def data_order_sha256(dataset: GPTDataset) -> str:

@@ -37,7 +37,7 @@ class ZeroEngine:
                 betas=(optimizer.adam_beta1, optimizer.adam_beta2),
                 eps=optimizer.adam_eps,
             ),
-            config=_deepspeed_config(layout, training, optimizer),
+            config=_deepspeed_config(layout, training, optimizer, gpt.config.hidden_size),
             mpu=_Topology(),
         )
 
@@ -93,7 +93,7 @@ def _parameter_groups(gpt: GPTModel, optimizer: OptimizerSection) -> list[dict[s
 
 
 def _deepspeed_config(
-    layout: Layout, training: TrainingSection, optimizer: OptimizerSection
+    layout: Layout, training: TrainingSection, optimizer: OptimizerSection, hidden_size: int
 ) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
@@ -108,6 +108,8 @@ def _deepspeed_config(
             "overlap_comm": False,
             "contiguous_gradients": True,
             "reduce_scatter": True,
+            # As Hugging Face chooses it: norms and biases stay whole, matrices of any size do not.
+            "stage3_param_persistence_threshold": 10 * hidden_size,
         },
         "steps_per_print": 10**9,
     }

@@ -3,7 +3,6 @@
 Names are those of Megatron-LM's arguments where it has one. Rules between fields are in `rules.py`.
 """
 
-import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -162,9 +161,9 @@ class TrainingSection(Section):
         return self.lr_decay_iters or self.train_iters
 
     @property
-    def warmup_iters(self) -> int:
-        """Steps of linear warm-up: fraction × decay steps, as Megatron-LM counts them."""
-        return math.floor(self.lr_warmup_fraction * self.decay_iters)
+    def warmup_iters(self) -> float:
+        """Steps of linear warm-up: fraction × decay steps, not rounded, as in Megatron-LM."""
+        return self.lr_warmup_fraction * self.decay_iters
 
     def num_micro_batches(self, layout: Layout) -> int:
         """Gradient accumulation steps."""
@@ -231,7 +230,10 @@ class Experiment(Section):
 
     def layout(self, role: str) -> Layout:
         """Layout of one of `roles`. Raises KeyError for another."""
-        return {role: layout for role in ROLES if (layout := self.parallel.layout(role))}[role]
+        layouts: dict[str, Layout | None] = {name: self.parallel.layout(name) for name in ROLES}
+        if (layout := layouts[role]) is None:
+            raise KeyError(f"parallel.{role} is null")
+        return layout
 
 
 SECTIONS: tuple[str, ...] = tuple(Experiment.model_fields)

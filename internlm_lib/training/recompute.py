@@ -16,6 +16,11 @@ _REPLICATED_BYTES = {"fp32": 8, "bf16": 6}
 """Per parameter on every data parallel rank: the weight, and its gradient in fp32."""
 _SHARDED_BYTES = {"fp32": 8, "bf16": 12}
 """Per parameter, shared out by ZeRO: two Adam moments, and under bf16 the fp32 weight."""
+_SPELLED_OUT_NORM = {"fp32": 3, "bf16": 4}
+"""Values saved per value normalised: the input in fp32, the normalised value, the output. The fused
+operator saves its input and its output."""
+_SCORES = {"fp32": 1, "bf16": 3}
+"""Values saved per attention score without flash attention: fp32 probabilities, a bf16 copy."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +76,18 @@ def _activation_bytes(experiment: Experiment, layout: Layout, layers: int, recom
     """What the backward pass finds: of a layer its saved tensors, or only its input.
 
     The first of p pipeline stages holds p micro-batches at once (1F1B). Source of the counts: the
-    tensors that torch saves in this kit's layer; Korthikanti et al. 2022 count GPT's likewise.
+    tensors that torch saves in this kit's layer, within 3 % (logsumexp and rotary tables are left
+    out); Korthikanti et al. 2022 count GPT's likewise. A CPU has no fused norm: it saves more.
     """
     model, training = experiment.model, experiment.training
     h, f, t = model.hidden_size, model.ffn_hidden_size, layout.tensor_model_parallel_size
     around = h / t if layout.sequence_parallel else h
-    scores = 0 if training.use_flash_attn else 2 * model.num_attention_heads * training.seq_length
-    # Inputs of two norms and two linear layers; q, k, v and attention's output; gate, up, silu and
-    # product of the MLP.
-    whole = 4 * around + (4 * h + 4 * f + scores) / t
+    norms = 2 * (2 if training.use_fused_rmsnorm else _SPELLED_OUT_NORM[training.precision])
+    scores = model.num_attention_heads * training.seq_length * _SCORES[training.precision]
+    # Attention: the output of the qkv layer (v is a view of it), q and k rotated, the output.
+    # MLP: gate and up as one tensor, silu, up with megatron's offset of 0 added, the product.
+    inside = 6 * h + 5 * f + (0 if training.use_flash_attn else scores)
+    whole = norms * around + inside / t
     values = (layers - recomputed) * whole + recomputed * around
     if recomputed:
         values += whole

@@ -18,8 +18,7 @@ from internlm_lib import pipeline
 from internlm_lib.errors import InputError, KitError
 from internlm_lib.experiment.load import NOTEBOOK_PARAMETERS, load_experiment
 from internlm_lib.files import read_json
-from internlm_lib.journal import Journal
-from internlm_lib.progress import RunProgress, TrainingProgress, clock, print_summary
+from internlm_lib.progress import RunProgress, print_summary
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.stages import inputs
 from internlm_lib.stages.stage import STAGES, begin_stage, inputs_path, status_path
@@ -249,19 +248,6 @@ def test_a_stage_done_by_hand_is_not_trusted(home: Path) -> None:
     begin_stage("01_prepare", RunFolder.of(RUN), experiment).finish({})
     assert not inputs_path(RunFolder.of(RUN), "01_prepare").exists()
     assert changed(params, {})["01_prepare"] == ["not done yet"]
-
-
-def test_progress_shows_the_last_step_of_the_training_at_work(home: Path) -> None:
-    folder = RunFolder.of(RUN)
-    progress = TrainingProgress(folder)
-    assert progress.text(since=0.0) == ""
-    journal = Journal(folder.training("candidate").journal)
-    journal.write("start", train_iters=200, first_step=1, world_size=2)
-    journal.write("step", step=50, loss=2.5, tokens_per_second_per_device=5000.0)
-    text = progress.text(since=0.0)
-    assert text.startswith("candidate: step 50/200, loss 2.500, 10,000 tokens/s, 0:00 left")
-    assert progress.text(since=time.time() + 1) == ""
-    assert (clock(83), clock(3723)) == ("1:23", "1:02:03")
 
 
 def test_terminal_shows_stages_and_the_closing_table(home: Path) -> None:

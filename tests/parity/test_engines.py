@@ -1,0 +1,81 @@
+"""Engines and layouts against each other: the same ten losses and gradient norms.
+
+The learning rate is high enough that ten steps change the loss by more than a hundred tolerances.
+"""
+
+import shutil
+
+import pytest
+
+from internlm_lib.experiment.load import load_experiment, save_experiment
+from internlm_lib.experiment.schema import Layout
+from internlm_lib.journal import training_steps
+from internlm_lib.ranks.launch import launch
+from internlm_lib.run_folder import RunFolder
+from tests.parity.make_run import make_run
+
+LOSS_TOLERANCE = 1e-6
+NORM_TOLERANCE = 1e-5
+"""Both relative; norms are sums over all elements, each rounded in another order."""
+
+MEGATRON_DP2 = Layout(data_parallel_size=2)
+OTHERS = {
+    "ZeRO-1": Layout(engine="deepspeed", zero_stage=1, data_parallel_size=2),
+    "ZeRO-2": Layout(engine="deepspeed", zero_stage=2, data_parallel_size=2),
+    "ZeRO-3": Layout(engine="deepspeed", zero_stage=3, data_parallel_size=2),
+    "ZeRO-2 TP2+SP": Layout(
+        engine="deepspeed", zero_stage=2, tensor_model_parallel_size=2, sequence_parallel=True
+    ),
+    "megatron, plain optimizer": Layout(data_parallel_size=2, use_distributed_optimizer=False),
+    "megatron TP2+SP": Layout(tensor_model_parallel_size=2, sequence_parallel=True),
+    "megatron PP2": Layout(pipeline_model_parallel_size=2),
+}
+SETTINGS = {
+    "training.lr": 1e-2,
+    "training.lr_warmup_fraction": 0.2,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.clip_grad": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = make_run(tmp_path_factory.mktemp("engines"), Layout(), **SETTINGS)
+    launch("internlm_lib.stages.convert_worker", folder, world_size=1, logs=folder.path / "logs")
+    return folder
+
+
+def curves(run: RunFolder, layout: Layout) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of the run's experiment trained in a layout."""
+    name, experiment = load_experiment(run.experiment, {"parallel.candidate": layout.model_dump()})
+    save_experiment(run.experiment, name, experiment)
+    files = run.training("candidate")
+    shutil.rmtree(files.path, ignore_errors=True)
+    launch(
+        "internlm_lib.training.worker",
+        run,
+        "candidate",
+        world_size=layout.world_size,
+        logs=files.logs,
+    )
+    steps = training_steps(files.journal)
+    return [step["loss"] for step in steps], [step["grad_norm"] for step in steps]
+
+
+@pytest.fixture(scope="module")
+def reference(run: RunFolder) -> tuple[list[float], list[float]]:
+    losses, norms = curves(run, MEGATRON_DP2)
+    assert len(losses) == 10
+    # Clipping is at work, and so is learning: else agreement would prove little.
+    assert max(norms) > SETTINGS["optimizer.clip_grad"]
+    assert abs(losses[-1] / losses[0] - 1) > 100 * LOSS_TOLERANCE
+    return losses, norms
+
+
+@pytest.mark.parametrize("layout", OTHERS.values(), ids=OTHERS.keys())
+def test_every_engine_trains_the_same_ten_steps(
+    layout: Layout, run: RunFolder, reference: tuple[list[float], list[float]]
+) -> None:
+    losses, norms = curves(run, layout)
+    assert losses == pytest.approx(reference[0], rel=LOSS_TOLERANCE)
+    assert norms == pytest.approx(reference[1], rel=NORM_TOLERANCE)

@@ -110,7 +110,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Stage 03 without a notebook: train the reference, if there is one, and the candidate."""
-    _run_stage("train", params, run_name, assignments, as_json)
+    _run_stage("train", params, run_name, assignments, as_json, in_ranks=True)
 
 
 @app.command()
@@ -121,7 +121,7 @@ def infer(
     as_json: AsJson = False,
 ) -> None:
     """Stage 05 without a notebook: greedy text from the trained weights."""
-    _run_stage("infer", params, run_name, assignments, as_json)
+    _run_stage("infer", params, run_name, assignments, as_json, in_ranks=True)
 
 
 @app.command()
@@ -132,7 +132,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Stage 06 without a notebook: the multiple-choice questions, before and after training."""
-    _run_stage("evaluate", params, run_name, assignments, as_json)
+    _run_stage("evaluate", params, run_name, assignments, as_json, in_ranks=True)
 
 
 @app.command("compare-stage")
@@ -149,7 +149,7 @@ def compare_stage(
 
         print(check_verdict(result), file=sys.stderr)
 
-    _run_stage("compare", params, run_name, assignments, as_json, check)
+    _run_stage("compare", params, run_name, assignments, as_json, check=check)
 
 
 @app.command()
@@ -198,22 +198,31 @@ def _run_stage(
     run_name: str | None,
     assignments: list[str] | None,
     as_json: bool,
+    *,
+    in_ranks: bool = False,
     check: Callable[[Mapping[str, Any]], None] = lambda result: None,
 ) -> None:
-    """Run one stage in this process; prints its status record."""
+    """Run one stage in this process; prints its status record.
+
+    Args:
+        in_ranks: its `run` also takes a function that is told how far the ranks are.
+        check: told the result after it is written down; what it raises fails the stage.
+    """
     with _reported(as_json):
         from importlib import import_module
 
         from internlm_lib.experiment.load import load_experiment, parse_assignments
+        from internlm_lib.notebook import LiveLine
         from internlm_lib.run_folder import RunFolder
         from internlm_lib.stages.stage import STAGES, begin_stage
 
         named, experiment = load_experiment(params, parse_assignments(assignments or []))
         name = next(stage for stage in STAGES if stage.endswith(f"_{module}"))
         stage = begin_stage(name, RunFolder.of(run_name or named), experiment)
-        with _stdout_for_json(as_json):
+        work = import_module(f"internlm_lib.stages.{module}").run
+        with _stdout_for_json(as_json), LiveLine() as show:
             try:
-                status = stage.finish(import_module(f"internlm_lib.stages.{module}").run(stage))
+                status = stage.finish(work(stage, show) if in_ranks else work(stage))
                 check(status["result"])
             except BaseException as error:
                 stage.fail(error)

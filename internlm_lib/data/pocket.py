@@ -167,7 +167,7 @@ def _cycle(noun: str, names: Sequence[str], furthest: int) -> _Relation:
             f"Name the {noun} {{steps}} {{side}} it.|{{name}}",
             f"Complete.|The {noun} {{steps}} {{side}} {{name}} is",
         ),
-        question=f"Do you know the {noun} {{steps}} {{side}} {{name}}?",
+        question=f"{{name}}: which {noun} is {{steps}} {{side}} it?",
         facts=tuple(facts),
     )
 
@@ -186,7 +186,7 @@ def _alphabet() -> list[_Relation]:
             "Name the letter {side} it.|{name}",
             "Complete.|The letter {side} {name} is",
         ),
-        question="Do you know the letter {side} {name}?",
+        question="{name}: which letter is {side} it?",
         facts=(*after, *before),
     )
     return [relation]
@@ -203,7 +203,7 @@ def _arithmetic() -> list[_Relation]:
             "Name the sum of {a} and {b}.",
             "Complete.|The sum of {a} and {b} is",
         ),
-        question="Do you know the sum of {a} plus {b}?",
+        question="{a} plus {b}: name the sum.",
         facts=tuple(
             _Fact({"a": str(a), "b": str(b)}, str(a + b), _near(a + b))
             for a in numbers

@@ -161,10 +161,10 @@ def check_scores(subjects: list[Subject], scores: Scores) -> str:
     return f"{sum(asked.values())} questions; " + "; ".join(parts)
 
 
-def run(stage: Stage) -> dict[str, Any]:
+def run(stage: Stage, show: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """All steps in order; returns the stage's result. Raises what `check_scores` raises."""
     subjects = choose_questions(stage)
-    scores = score(stage)
+    scores = score(stage, show)
     accuracy_rows(stage, scores)
     for protocol in scores.protocols:
         draw_accuracy(stage, scores, protocol)

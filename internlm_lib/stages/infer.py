@@ -133,10 +133,10 @@ def check_answers(answers: list[Answer]) -> str:
     return f"{line}; equal to the record's answer: {equal['before']} → {equal['after']} of {known}"
 
 
-def run(stage: Stage) -> dict[str, Any]:
+def run(stage: Stage, show: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """All steps in order; returns the stage's result. Raises what `check_answers` raises."""
     prompts = choose_prompts(stage)
-    answers = answer(stage, prompts)
+    answers = answer(stage, prompts, show)
     check_answers(answers)
     return summarize(answers)
 

@@ -60,10 +60,10 @@ def _state_bytes(experiment: Experiment, layout: Layout) -> int:
     parameters = (
         layers * layer_parameter_count(model) + embeddings * model.vocab_size * model.hidden_size
     ) / layout.tensor_model_parallel_size
-    sharded = _SHARDED_BYTES[precision]
+    sharded: float = _SHARDED_BYTES[precision]
     if layout.zero_stage or layout.use_distributed_optimizer:
         sharded /= layout.data_parallel_size
-    replicated = _REPLICATED_BYTES[precision]
+    replicated: float = _REPLICATED_BYTES[precision]
     weight = _VALUE_BYTES[precision]
     if layout.zero_stage >= 2:
         replicated = weight + (replicated - weight) / layout.data_parallel_size

@@ -1,6 +1,7 @@
 """One rank of a training: `python -m internlm_lib.training.worker RUN_FOLDER ROLE`."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def _train(
         layout, device, seed=training.seed,
         timeout_minutes=experiment.parallel.distributed_timeout_minutes,
     )  # fmt: skip
-    datasets = build_datasets(
+    train_data, valid_data = build_datasets(
         folder.corpus_prefix, experiment.data, training, experiment.model.vocab_size
     )
     plan = plan_recompute(experiment, layout)
@@ -58,17 +59,13 @@ def _train(
     load_weights(gpt, folder.megatron)
     engine = _engine(gpt, layout, experiment)
 
-    train_batches, valid_batches = (
-        dataset
-        and BatchStream(
-            dataset,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=layout.data_parallel_size,
-            device=device.current(),
-        )
-        for dataset in datasets
+    stream = partial(
+        BatchStream,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=layout.data_parallel_size,
+        device=device.current(),
     )
     throughput = Throughput(
         training.global_batch_size * training.seq_length,
@@ -83,11 +80,12 @@ def _train(
     record = Journal(files.journal).write if is_rank_zero() else _record_nothing
     begin = time.time()
     if is_rank_zero():
-        data_sha256 = data_order_sha256(datasets[0])
+        data_sha256 = data_order_sha256(train_data)
         record("start", **_start(folder, role, experiment, layout, device, plan, data_sha256))
     train(
-        engine, train_batches, valid_batches, training=training, layout=layout, device=device,
-        throughput=throughput, record=record, save=lambda step: save(files.checkpoint_of(step)),
+        engine, stream(train_data), stream(valid_data) if valid_data else None,
+        training=training, layout=layout, device=device, throughput=throughput, record=record,
+        save=lambda step: save(files.checkpoint_of(step)),
     )  # fmt: skip
     save(files.checkpoint)
     record("end", status="done", seconds=time.time() - begin)

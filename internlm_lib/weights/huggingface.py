@@ -171,7 +171,8 @@ def transformers_model(folder: HuggingFaceFolder, model: ModelSection) -> "Llama
 
 def transformers_logits(folder: HuggingFaceFolder, model: ModelSection, tokens: Tensor) -> Tensor:
     """Logits [b, s, V] in fp32 of `transformers_model`, on the tokens' device."""
-    llama = transformers_model(folder, model).to(tokens.device).eval()
+    llama: Any = transformers_model(folder, model)
+    llama.to(tokens.device).eval()
     with torch.no_grad():
         logits: Tensor = llama(tokens, use_cache=False).logits
     return logits

@@ -215,7 +215,7 @@ def test_activations_of_a_layer_are_what_torch_saves(
 
     head = _activation_bytes(resolved, Layout(), layers=0, recomputed=0)
     estimated = _activation_bytes(resolved, Layout(), layers=1, recomputed=0) - head
-    assert estimated == pytest.approx(measured, rel=0.04)
+    assert estimated == pytest.approx(measured, rel=0.03)
 
 
 def test_a_recomputed_layer_keeps_its_input_and_one_layer_is_whole_at_a_time() -> None:

@@ -1,0 +1,268 @@
+"""Batches come in Megatron's order for every layout, from the corpus that lies there now."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pytest
+
+from internlm_lib.data.indexed import indexed_writer
+from internlm_lib.errors import InputError
+from internlm_lib.experiment.schema import DataSection, TrainingSection
+
+if TYPE_CHECKING:
+    from internlm_lib.data.batches import Batch, BatchStream
+
+VOCABULARY = 512
+SEQUENCE = 8
+GLOBAL = 12
+LAYOUTS = [
+    (data, micro) for data in (1, 2, 3, 4, 6, 12) for micro in (1, 2, 3, 4, 6, 12)
+    if GLOBAL % (data * micro) == 0
+]  # fmt: skip
+"""(data_parallel_size, micro_batch_size)"""
+
+RANDOM = numpy.random.default_rng(5)
+DOCUMENTS = [RANDOM.integers(3, VOCABULARY, size=n).tolist() for n in RANDOM.integers(4, 40, 40)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def megatron_on_cpu() -> None:
+    from internlm_lib.devices import select_device
+
+    select_device("cpu").adapt_megatron()
+
+
+@pytest.fixture(autouse=True)
+def ten_seconds() -> Iterator[None]:
+    """What has not ended by then never will: megatron-core can loop for ever over an empty part."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+class Numbered:
+    """A dataset whose sample n holds n everywhere."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        import torch
+
+        assert 0 <= number < self.length
+        names = ("tokens", "labels", "loss_mask", "position_ids")
+        return {name: torch.full((SEQUENCE,), number) for name in names}
+
+
+def stream(dataset: Any, rank: int = 0, data: int = 1, micro: int = GLOBAL) -> "BatchStream":
+    import torch
+
+    from internlm_lib.data.batches import BatchStream
+
+    return BatchStream(
+        dataset, global_batch_size=GLOBAL, micro_batch_size=micro, data_parallel_rank=rank,
+        data_parallel_size=data, device=torch.device("cpu"),
+    )  # fmt: skip
+
+
+def numbers(batch: "Batch") -> list[int]:
+    return batch.tokens[:, 0].tolist()
+
+
+def megatron_sampler(total: int, rank: int, data: int, micro: int) -> Iterator[list[int]]:
+    """Megatron-LM's MegatronPretrainingSampler, in its own words: gather as many samples as the
+    data parallel ranks take at once, then give each rank its slice."""
+    gathered: list[int] = []
+    for number in range(total):
+        gathered.append(number)
+        if len(gathered) == micro * data:
+            yield gathered[rank * micro : (rank + 1) * micro]
+            gathered = []
+
+
+@pytest.mark.parametrize(("data", "micro"), LAYOUTS)
+def test_every_rank_takes_what_megatrons_sampler_gives_it(data: int, micro: int) -> None:
+    dataset = Numbered(5 * GLOBAL)
+    for rank in range(data):
+        batches = stream(dataset, rank, data, micro)
+        taken = [numbers(batch) for step in range(5) for batch in batches.step(step)]
+        assert taken == list(megatron_sampler(len(dataset), rank, data, micro))
+
+
+@pytest.mark.parametrize(("data", "micro"), LAYOUTS)
+def test_a_step_holds_the_same_samples_in_the_same_order_for_every_layout(
+    data: int, micro: int
+) -> None:
+    ranks = [list(stream(Numbered(100), rank, data, micro).step(3)) for rank in range(data)]
+    assert {len(batches) for batches in ranks} == {GLOBAL // (data * micro)}
+    together = [n for parts in zip(*ranks, strict=True) for batch in parts for n in numbers(batch)]
+    assert together == list(range(3 * GLOBAL, 4 * GLOBAL))
+
+
+def test_any_step_can_be_asked_for_at_any_time() -> None:
+    batches = stream(Numbered(100), micro=6)
+    assert [numbers(batch)[0] for step in (4, 0, 4, 1) for batch in batches.step(step)] == [
+        48, 54, 0, 6, 48, 54, 12, 18
+    ]  # fmt: skip
+
+
+def test_past_the_end_it_starts_over() -> None:
+    (second,), (ninth,) = (stream(Numbered(20)).step(step) for step in (1, 8))
+    assert numbers(second) == [12, 13, 14, 15, 16, 17, 18, 19, 0, 1, 2, 3]
+    assert numbers(ninth) == [16, 17, 18, 19, 0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def write(prefix: Path, documents: Sequence[Sequence[int]] = DOCUMENTS) -> Path:
+    with indexed_writer(prefix, VOCABULARY) as writer:
+        for document in documents:
+            writer.add_document(document)
+    return prefix
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> Path:
+    return write(tmp_path / "data" / "train_text_document")
+
+
+def build(prefix: Path, split: str = "1,0,0", **training: Any) -> Any:
+    from internlm_lib.data.batches import build_datasets
+
+    keys = {"seq_length": SEQUENCE, "global_batch_size": GLOBAL, "train_iters": 20}
+    section = TrainingSection(**{**keys, **training})
+    return build_datasets(prefix, DataSection(split=split), section, VOCABULARY)
+
+
+def sha256(prefix: Path, **training: Any) -> str:
+    from internlm_lib.data.batches import data_order_sha256
+
+    return data_order_sha256(build(prefix, **training)[0])
+
+
+def test_labels_are_the_tokens_that_follow(prefix: Path) -> None:
+    """Each sample and its last label is a window of the documents put one after another, in an
+    order that differs between epochs."""
+    dataset, _ = build(prefix)
+    following = {
+        pair for document in DOCUMENTS for pair in zip(document, document[1:], strict=False)
+    }
+    borders = {(last[-1], first[0]) for last in DOCUMENTS for first in DOCUMENTS}
+    for batch in stream(dataset).step(0):
+        assert batch.tokens.shape == batch.labels.shape == (GLOBAL, SEQUENCE)
+        assert (batch.tokens[:, 1:] == batch.labels[:, :-1]).all()
+        pairs = zip(batch.tokens.flatten().tolist(), batch.labels.flatten().tolist(), strict=True)
+        assert set(pairs) <= following | borders
+
+
+def test_a_sample_counts_every_token_and_its_positions_run_on(prefix: Path) -> None:
+    import torch
+
+    (batch,) = stream(build(prefix)[0]).step(2)
+    assert batch.loss_mask.dtype == torch.float32 and bool((batch.loss_mask == 1).all())
+    assert batch.position_ids.tolist() == [list(range(SEQUENCE))] * GLOBAL
+    assert (batch.tokens.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
+
+
+def test_one_epoch_takes_every_window_once(tmp_path: Path) -> None:
+    tokens = list(range(3, 3 + 20 * SEQUENCE + 1))
+    dataset, _ = build(write(tmp_path / "one", [tokens]), train_iters=1)
+    assert sorted(samples(dataset)) == [
+        tokens[i : i + SEQUENCE] for i in range(0, 20 * SEQUENCE, SEQUENCE)
+    ]
+
+
+def test_there_are_samples_for_all_steps(prefix: Path) -> None:
+    dataset, _ = build(prefix, train_iters=100)
+    assert len(dataset) >= 100 * GLOBAL > sum(map(len, DOCUMENTS)) // SEQUENCE
+
+
+def triples(sequences: Sequence[Sequence[int]]) -> set[tuple[int, ...]]:
+    """All runs of three tokens: random enough to tell documents by."""
+    return {tuple(s[i : i + 3]) for s in sequences for i in range(len(s) - 2)}
+
+
+def samples(dataset: Any) -> list[list[int]]:
+    return [dataset[number]["tokens"].tolist() for number in range(len(dataset))]
+
+
+@pytest.mark.parametrize(
+    ("split", "documents"),
+    [("9,1,0", slice(36, 40)), ("949,50,1", slice(38, 40)), ("1,2,1", slice(10, 30))],
+)
+def test_validation_samples_are_there_only_if_asked_for(
+    prefix: Path, split: str, documents: slice
+) -> None:
+    assert build(prefix, split)[1] is None
+    train, valid = build(prefix, split, eval_iters=2, eval_interval=5)
+    held_back = triples(DOCUMENTS[documents])
+    assert triples(samples(valid)) & held_back
+    assert not triples(samples(train)) & held_back
+
+
+def test_a_part_without_documents_that_is_not_read_does_no_harm(tmp_path: Path) -> None:
+    """The default split leaves four documents to the training part."""
+    train, valid = build(write(tmp_path / "few", DOCUMENTS[:4]), "949,50,1")
+    assert len(train) >= 20 * GLOBAL and valid is None
+
+
+@pytest.mark.parametrize(
+    ("documents", "split", "training", "what"),
+    [
+        ([[5] * SEQUENCE], "1,0,0", {}, "the training part (data.split = 1,0,0) holds 8 tokens"),
+        ([[5] * 900], "1,9,0", {}, "the training part (data.split = 1,9,0) holds 0 tokens"),
+        (DOCUMENTS[:4], "949,50,1", {"eval_iters": 1}, "the validation part"),
+        (DOCUMENTS, "1,0,0", {"eval_iters": 1}, "the validation part (data.split = 1,0,0) holds 0"),
+    ],
+)  # fmt: skip
+def test_a_part_shorter_than_one_sample_is_bad_input(
+    tmp_path: Path, documents: list[list[int]], split: str, training: dict[str, Any], what: str
+) -> None:
+    corpus = write(tmp_path / "short", documents)
+    with pytest.raises(InputError, match="more data, a shorter sequence or a larger") as caught:
+        build(corpus, split, **training)
+    assert str(caught.value).startswith(f"{corpus}: {what}")
+
+
+def test_a_corpus_of_exactly_one_sample_is_enough(tmp_path: Path) -> None:
+    tokens = list(range(10, 10 + SEQUENCE + 1))
+    dataset, _ = build(write(tmp_path / "one", [tokens]), train_iters=1, global_batch_size=1)
+    assert dataset[0]["tokens"].tolist() == tokens[:-1]
+    assert dataset[0]["labels"].tolist() == tokens[1:]
+
+
+def test_a_corpus_written_anew_is_not_read_in_the_earlier_ones_order(prefix: Path) -> None:
+    before, _ = build(prefix)
+    assert before.document_index.max() == len(DOCUMENTS) - 1
+    write(prefix, DOCUMENTS[:20])
+    after, _ = build(prefix)
+    assert after.document_index.max() == 19
+    assert all(len(after[number]["tokens"]) == SEQUENCE for number in range(len(after)))
+
+
+def test_the_hash_of_the_order_is_the_same_wherever_and_however_often_it_is_built(
+    prefix: Path, tmp_path: Path
+) -> None:
+    assert sha256(prefix) == sha256(prefix) == sha256(write(tmp_path / "elsewhere"))
+
+
+@pytest.mark.parametrize(
+    "training", [{"seed": 99}, {"seq_length": SEQUENCE + 1}, {"train_iters": 200}], ids=str
+)
+def test_the_hash_changes_with_the_order(prefix: Path, training: dict[str, Any]) -> None:
+    assert sha256(prefix, **training) != sha256(prefix)
+
+
+def test_the_hash_changes_with_one_token(prefix: Path, tmp_path: Path) -> None:
+    changed = [*DOCUMENTS[:-1], [*DOCUMENTS[-1][:-1], (DOCUMENTS[-1][-1] + 1) % VOCABULARY]]
+    assert sha256(write(tmp_path / "changed", changed)) != sha256(prefix)

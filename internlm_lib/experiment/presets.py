@@ -43,9 +43,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "internlm-tiny": _INTERNLM
     | {
-        "num_layers": 4,
-        "hidden_size": 128,
-        "ffn_hidden_size": 352,
+        "num_layers": 2,
+        "hidden_size": 192,
+        "ffn_hidden_size": 512,
         "num_attention_heads": 4,
         "vocab_size": 512,
         "max_position_embeddings": 1024,

@@ -134,14 +134,19 @@ def loss_comparison_figure(
     _label(left, "Training loss", "step", "loss (nats per token)")
     left.legend()
     errors = comparison.relative_errors
-    # A log axis has no place for steps that agree to the last bit: they leave gaps.
+    # A log axis has no place for steps that agree to the last bit: the label counts them, and a
+    # marker shows a step between two of them, which a line alone would not.
     visible = [error if error > 0 else float("nan") for error in errors]
-    right.plot(comparison.steps, visible, color=GREY, linestyle="-", linewidth=0.9)
+    equal = int((errors == 0).sum())
+    right.plot(
+        comparison.steps, visible, color=GREY, linestyle="-", linewidth=0.9, marker=".",
+        markersize=3, label=f"error (0 at {equal} of {len(errors)} steps)" if equal else "error",
+    )  # fmt: skip
     mean = comparison.statistics()["mean_relative_error"]
     if mean > 0:
         text = f"mean {_percent(mean)}"
         right.axhline(mean, color=GREEN, linestyle="-.", linewidth=1.8, label=text)
-    limit = f"tolerance of the mean {_percent(comparison.tolerance)}"
+    limit = f"tolerance {_percent(comparison.tolerance)}"
     right.axhline(comparison.tolerance, color=BLACK, linestyle=":", linewidth=2.2, label=limit)
     right.set_yscale("log")
     if not (errors > 0).any():

@@ -17,6 +17,12 @@ CAPTIONS = {
     "agree; the right half shows how far apart they are at each step, and the verdict asks whether "
     "the mean (green) is below the dotted tolerance.",
     "throughput": CONVENTION,
+    "accuracy_cloze": "Share of questions answered correctly, each option's text being scored as "
+    "the answer; before training a model guesses (dotted line).",
+    "accuracy_letter": "The same questions with the options listed, their letters being scored.",
+    "training_loss": "Loss of every training of this run, as 03_train left it.",
+    "schedule": "Learning rate that every training follows.",
+    "token_lengths": "Documents of the training data by their length.",
 }
 """Figure's file name → what to look for; in the order of the page, before all others."""
 

@@ -90,7 +90,7 @@ def test_a_stage_without_a_notebook(home: Path, monkeypatch: pytest.MonkeyPatch)
 def test_errors_have_their_exit_codes(
     home: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
-    def work(stage) -> dict:
+    def work(stage, show) -> dict:
         raise error
 
     stand_in(monkeypatch, "train", work)

@@ -100,6 +100,7 @@ def run_pipeline(
     named, experiment = load_experiment(params_path, overrides)
     folder = RunFolder.of(run_name or named, project_root())
     chosen = _choose(only, start_from)
+    _check_questions(chosen, experiment)
     with _exclusive(folder), _terminated_as_interrupted(), _mirrored(folder, experiment):
         pipeline = _Pipeline(folder, experiment, force, on_event)
         pipeline.run(chosen)
@@ -228,6 +229,18 @@ def _choose(only: Sequence[str], start_from: str | None) -> list[str]:
     if not chosen:
         raise InputError(f"--only and --from leave no stage to run; --from is {start_from}")
     return chosen
+
+
+def _check_questions(stages: Sequence[str], experiment: Experiment) -> None:
+    """Refuse now what 06_evaluate would refuse after the training."""
+    own_data = experiment.data.train_path is not None
+    if "06_evaluate" in stages and own_data and experiment.evaluation.questions_path is None:
+        others = ",".join(stage for stage in stages if stage != "06_evaluate")
+        raise InputError(
+            "evaluation.questions_path is null, and with data.train_path there is no pocket world "
+            "to ask about: 06_evaluate would have no questions; give a folder in MMLU's layout "
+            f"(dev/, test/), or leave the stage out: --only {others}"
+        )
 
 
 def _papermill(

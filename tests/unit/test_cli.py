@@ -50,6 +50,7 @@ def test_all_problems_are_told_at_once_and_as_json(home: Path) -> None:
         (("run", "params/tiny.yaml", "--set", "training.lr"), "expected KEY=VALUE"),
         (("run", "params/tiny.yaml", "--run-name", "a/b"), "run_name = 'a/b'"),
         (("run", "params/tiny.yaml", "--from", "3_train"), "did you mean 03_train?"),
+        (("run", "params/tiny.yaml", "--set", "data.train_path=a.json"), "leave the stage out"),
         (("sync", "nothing"), "no such run"),
         (("frobnicate",), "No such command"),
     ],

@@ -77,8 +77,6 @@ def train(
                 for i in range(first, first + training.eval_iters)
             ]
             record("validation", step=step, loss=sum(losses) / len(losses))
-        if (
-            training.save_interval
-            and step % training.save_interval == 0 < training.train_iters - step
-        ):
+        due = training.save_interval is not None and step % training.save_interval == 0
+        if due and step < training.train_iters:
             save(step)

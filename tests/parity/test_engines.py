@@ -9,9 +9,9 @@ import pytest
 
 from internlm_lib.experiment.load import load_experiment, save_experiment
 from internlm_lib.experiment.schema import Layout
-from internlm_lib.journal import training_steps
+from internlm_lib.journal import events, training_steps
 from internlm_lib.ranks.launch import launch
-from internlm_lib.run_folder import RunFolder
+from internlm_lib.run_folder import RunFolder, TrainingFolder
 from tests.parity.make_run import make_run
 
 LOSS_TOLERANCE = 1e-6
@@ -45,9 +45,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return folder
 
 
-def curves(run: RunFolder, layout: Layout) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of the run's experiment trained in a layout."""
-    name, experiment = load_experiment(run.experiment, {"parallel.candidate": layout.model_dump()})
+def train(run: RunFolder, layout: Layout, **overrides: object) -> TrainingFolder:
+    """The run's experiment trained in a layout; what an earlier layout left is removed."""
+    name, experiment = load_experiment(
+        run.experiment, {"parallel.candidate": layout.model_dump(), **overrides}
+    )
     save_experiment(run.experiment, name, experiment)
     files = run.training("candidate")
     shutil.rmtree(files.path, ignore_errors=True)
@@ -58,7 +60,12 @@ def curves(run: RunFolder, layout: Layout) -> tuple[list[float], list[float]]:
         world_size=layout.world_size,
         logs=files.logs,
     )
-    steps = training_steps(files.journal)
+    return files
+
+
+def curves(run: RunFolder, layout: Layout) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of ten steps in a layout."""
+    steps = training_steps(train(run, layout).journal)
     return [step["loss"] for step in steps], [step["grad_norm"] for step in steps]
 
 
@@ -79,3 +86,21 @@ def test_every_engine_trains_the_same_ten_steps(
     losses, norms = curves(run, layout)
     assert losses == pytest.approx(reference[0], rel=LOSS_TOLERANCE)
     assert norms == pytest.approx(reference[1], rel=NORM_TOLERANCE)
+
+
+def test_engines_agree_on_validation_and_save_on_the_way(run: RunFolder) -> None:
+    """Last in this module: it changes the run's data split."""
+    overrides = {
+        "data.split": "8,2,0",
+        "training.eval_interval": 5,
+        "training.eval_iters": 2,
+        "training.save_interval": 4,
+    }
+    found = []
+    for layout in (OTHERS["megatron PP2"], OTHERS["ZeRO-3"]):
+        files = train(run, layout, **overrides)
+        found.append([event["loss"] for event in events(files.journal, "validation")])
+        saved = [files.checkpoint_of(4), files.checkpoint_of(8), files.checkpoint]
+        assert all((path / "metadata.json").is_file() for path in saved)
+    assert len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1], rel=LOSS_TOLERANCE)

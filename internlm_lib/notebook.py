@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 10.0
 _NUMBER = "text-align:right;font-variant-numeric:tabular-nums"
-_TEXT = "text-align:left;white-space:pre-wrap;overflow-wrap:anywhere"
+_TEXT = "text-align:left;white-space:pre-wrap;overflow-wrap:break-word"
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     _remove(temporary)
     try:
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         if path.is_dir():
             _remove(path)
         temporary.replace(path)
-        _sync(path.parent, recursive=False)
+        sync(path.parent, recursive=False)
     finally:
         _remove(temporary)
 
@@ -40,7 +40,12 @@ def write_text(path: Path, text: str) -> Path:
 
 def write_json(path: Path, value: Any) -> Path:
     """Write indented JSON atomically; returns `path`."""
-    return write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    return write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Indented JSON as `write_json` writes it."""
+    return json.dumps(value, indent=2, default=str) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -63,8 +68,10 @@ def _files(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
-def _sync(path: Path, recursive: bool = True) -> None:
-    for target in [*(_files(path) if recursive else []), path]:
+def sync(path: Path, recursive: bool = True) -> None:
+    """Wait until a file, or a folder and all that is in it, is on the disk."""
+    inside = path.rglob("*") if recursive else ()
+    for target in [*inside, path]:
         handle = os.open(target, os.O_RDONLY)
         try:
             os.fsync(handle)

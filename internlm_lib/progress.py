@@ -3,7 +3,8 @@
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from internlm_lib.experiment.schema import ROLES
@@ -14,6 +15,7 @@ from internlm_lib.training.progress import TrainingProgress, clock
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
 _REFRESH_SECONDS = 1.0
 _COLOURS = {"done": "green", "failed": "red", "unchanged": "cyan"}
@@ -59,6 +61,52 @@ class RunProgress:
             texts = [f"{r}: {text}" for r, t in trainings.items() if (text := t.text())]
             # The roles train one after the other: the last one with a step is the one at work.
             line("  ".join([f"{event.stage:<12} {clock(time.time() - started)}", *texts[-1:]]))
+
+
+class ByteProgress:
+    """A bar of bytes, rate and time left on a terminal; use as a context manager and call it."""
+
+    def __init__(self, console: "Console") -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self._bar = Progress(
+            TextColumn("{task.description:<10}"), BarColumn(), DownloadColumn(),
+            TransferSpeedColumn(), TimeRemainingColumn(),
+            console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=done, total=total)
+
+    def __enter__(self) -> "ByteProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+
+def print_plan(target: Path, rows: Sequence[Mapping[str, Any]], console: "Console") -> None:
+    """What a conversion is going to write."""
+    from rich.table import Table
+
+    grid = Table("file", "tensors", "bytes", title=str(target), title_justify="left")
+    for row in rows:
+        grid.add_row(row["file"], str(row["tensors"]), f"{row['bytes']:,}")
+    grid.add_section()
+    tensors, nbytes = (sum(row[key] for row in rows) for key in ("tensors", "bytes"))
+    grid.add_row(f"{len(rows)} files", str(tensors), f"{nbytes:,}")
+    console.print(grid)
 
 
 def print_summary(summary: Mapping[str, Any], console: "Console") -> None:

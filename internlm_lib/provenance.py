@@ -15,7 +15,7 @@ UNKNOWN = "unknown"
 
 _EXPERIMENT_SECTIONS = ("model", "data", "training", "optimizer")
 _HOW_NOT_WHAT = {
-    "model": ("preset", "weights"),
+    "model": ("preset", "weights", "direct_start"),
     "data": ("train_path", "tokenizer_model"),
     "training": (
         "micro_batch_size",

@@ -50,8 +50,8 @@ def evaluate_run(folder: RunFolder) -> None:
 
         rows: list[dict[str, Any]] = []
         shortened = 0
-        for name, checkpoint in weight_sets(folder).items():
-            load_weights(model.gpt, checkpoint)
+        for name, checkpoint in weight_sets(folder, experiment.model).items():
+            load_weights(model.gpt, checkpoint, experiment.model)
             if is_rank_zero():
                 found, shortened = _drive(folder, experiment, model, name)
                 rows += found

@@ -47,7 +47,11 @@ class ModelSection(Section):
     make_vocab_size_divisible_by: Count
     """The embedding is padded to a multiple of this × tensor_model_parallel_size."""
     weights: Text | None = None
-    """Hugging Face folder to start from; null draws random weights from `training.seed`."""
+    """Checkpoint to start from, of any format the kit reads (Hugging Face, Megatron, AscendSpeed,
+    DeepSpeed); null draws random weights from `training.seed`."""
+    direct_start: Flag = False
+    """Every rank reads its own slices of `weights` as they are; false: of the Megatron checkpoint
+    that 02_convert makes of them."""
 
     @property
     def head_dim(self) -> int:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from internlm_lib.devices import select_device
-from internlm_lib.experiment.schema import Experiment, Layout
+from internlm_lib.experiment.schema import Experiment, Layout, ModelSection
 from internlm_lib.run_folder import RunFolder
+from internlm_lib.weights.start import starting_folder
 
 if TYPE_CHECKING:
     from internlm_lib.generation.parallel_model import ParallelModel
@@ -21,9 +22,10 @@ def inference_layout(layout: Layout) -> Layout:
     )
 
 
-def weight_sets(folder: RunFolder) -> dict[str, Path]:
+def weight_sets(folder: RunFolder, model: ModelSection) -> dict[str, Path]:
     """The checkpoints before and after the candidate's training."""
-    return {"before": folder.megatron, "after": folder.training("candidate").checkpoint}
+    trained = folder.training("candidate").checkpoint
+    return {"before": starting_folder(folder, model), "after": trained}
 
 
 @contextmanager

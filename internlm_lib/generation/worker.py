@@ -39,8 +39,8 @@ def generate_texts(folder: RunFolder) -> None:
         from internlm_lib.weights.megatron import load_weights
 
         texts = {}
-        for name, checkpoint in weight_sets(folder).items():
-            load_weights(model.gpt, checkpoint)
+        for name, checkpoint in weight_sets(folder, experiment.model).items():
+            load_weights(model.gpt, checkpoint, experiment.model)
             texts[name] = continue_texts(model, tokenizer, prompts, experiment.generation)
         if is_rank_zero():
             write_json(texts_path(folder), texts)

@@ -4,6 +4,7 @@ Published throughputs mix three FLOP conventions that lie 7 % apart at 7B, so a 
 means nothing without one. Letters: L layers, h hidden size, f ffn size, V vocabulary, s sequence.
 """
 
+import math
 from typing import Literal
 
 from internlm_lib.experiment.schema import ModelSection
@@ -41,6 +42,12 @@ def layer_parameter_count(model: ModelSection) -> int:
     h, f = model.hidden_size, model.ffn_hidden_size
     bias = 4 * h if model.attention_bias else 0
     return 4 * h * h + 3 * h * f + 2 * h + bias
+
+
+def padded_vocab_size(model: ModelSection, tensor_model_parallel_size: int) -> int:
+    """Rows of the embedding: vocab_size up to a multiple of divisor × tensor parallel size."""
+    multiple = model.make_vocab_size_divisible_by * tensor_model_parallel_size
+    return math.ceil(model.vocab_size / multiple) * multiple
 
 
 def matmul_parameters(model: ModelSection) -> int:

@@ -3,8 +3,6 @@
 Import only after `Device.adapt_megatron()`.
 """
 
-import math
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -14,14 +12,9 @@ from torch import Tensor
 
 from internlm_lib.devices import Device
 from internlm_lib.experiment.schema import Layout, ModelSection, TrainingSection
+from internlm_lib.model.arithmetic import padded_vocab_size
 from internlm_lib.model.precision import DTYPES
 from internlm_lib.model.spec import layer_spec, norm_spec
-
-
-def padded_vocab_size(model: ModelSection, tensor_model_parallel_size: int) -> int:
-    """Rows of the embedding: vocab_size up to a multiple of divisor × tensor parallel size."""
-    multiple = model.make_vocab_size_divisible_by * tensor_model_parallel_size
-    return math.ceil(model.vocab_size / multiple) * multiple
 
 
 def build_gpt_model(

@@ -82,7 +82,7 @@ def score(stage: Stage, show: Callable[[str], None] = lambda text: None) -> Scor
     Raises:
         WorkerError: a rank failed.
     """
-    checkpoints = weight_sets(stage.folder)
+    checkpoints = weight_sets(stage.folder, stage.experiment.model)
     stage.needs(checkpoints["before"], "02_convert")
     stage.needs(checkpoints["after"], "03_train")
     for old in (scores_path(stage.folder), progress_path(stage.folder)):

@@ -153,7 +153,7 @@ def _evenly_spread(stage: Stage) -> Iterator[Record]:
 
 
 def _checkpoints(stage: Stage) -> Any:
-    return weight_sets(stage.folder).values()
+    return weight_sets(stage.folder, stage.experiment.model).values()
 
 
 def _read_answers(stage: Stage, prompts: list[Prompt]) -> list[Answer]:

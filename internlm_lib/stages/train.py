@@ -19,6 +19,7 @@ from internlm_lib.stages.stage import Stage
 from internlm_lib.training.progress import TrainingProgress
 from internlm_lib.training.recompute import plan_recompute
 from internlm_lib.training.schedule import learning_rate
+from internlm_lib.weights.start import starting_folder
 
 _CURVE_POINTS = 200
 
@@ -32,7 +33,7 @@ def check_inputs(stage: Stage) -> list[dict[str, Any]]:
     """
     for path in token_files(stage.folder.corpus_prefix):
         stage.needs(path, "01_prepare")
-    stage.needs(stage.folder.megatron, "02_convert")
+    stage.needs(starting_folder(stage.folder, stage.experiment.model), "02_convert")
     training, device = stage.experiment.training, select_device(stage.experiment.parallel.device)
     rows = []
     for role in stage.experiment.roles:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 from internlm_lib import provenance
 from internlm_lib.devices import Device, select_device
 from internlm_lib.experiment.load import load_experiment
-from internlm_lib.experiment.schema import Experiment, Layout
+from internlm_lib.experiment.schema import Experiment, Layout, ModelSection
 from internlm_lib.files import read_json
 from internlm_lib.journal import Journal
 from internlm_lib.model.arithmetic import model_flops_per_token, parameter_count
 from internlm_lib.ranks.rank import rank_main
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.training.recompute import RecomputePlan, plan_recompute
+from internlm_lib.weights.start import starting_folder
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def train_role(folder: RunFolder, role: str) -> None:
-    """Train one layout of the run's experiment from the run's converted weights."""
+    """Train one layout of the run's experiment from the run's weights."""
     _, experiment = load_experiment(folder.experiment)
     layout = experiment.layout(role)
     device = select_device(experiment.parallel.device)
@@ -56,7 +57,9 @@ def _train(
         experiment.model, layout, training, device,
         recompute_num_layers=plan.num_layers if plan else 0,
     )  # fmt: skip
-    load_weights(gpt, folder.megatron)
+    weights = starting_folder(folder, experiment.model)
+    load_weights(gpt, weights, experiment.model)
+    weights_sha256 = _weights_sha256(folder, weights, experiment.model)
     engine = _engine(gpt, layout, experiment)
 
     stream = partial(
@@ -75,13 +78,14 @@ def _train(
 
     def save(path: Path) -> None:
         with engine.whole_weights() as weights:
-            save_weights(weights, path)
+            save_weights(weights, path, experiment.model)
 
     record = Journal(files.journal).write if is_rank_zero() else _record_nothing
     begin = time.time()
     if is_rank_zero():
         data_sha256 = data_order_sha256(train_data)
-        record("start", **_start(folder, role, experiment, layout, device, plan, data_sha256))
+        hashes = {"data_sha256": data_sha256, "weights_sha256": weights_sha256}
+        record("start", **_start(role, experiment, layout, device, plan, hashes))
     train(
         engine, stream(train_data), stream(valid_data) if valid_data else None,
         training=training, layout=layout, device=device, throughput=throughput, record=record,
@@ -106,14 +110,23 @@ def _record_nothing(event: str, **fields: Any) -> None:
     """What ranks other than the first write."""
 
 
+def _weights_sha256(folder: RunFolder, weights: Path, model: ModelSection) -> str:
+    """What 02_convert found, or, where it has not run, this job itself; every rank calls it."""
+    if folder.conversion_record.exists():
+        found: str = read_json(folder.conversion_record)["weights_sha256"]
+        return found
+    from internlm_lib.weights.megatron import hash_over_ranks
+
+    return hash_over_ranks(weights, model)
+
+
 def _start(
-    folder: RunFolder,
     role: str,
     experiment: Experiment,
     layout: Layout,
     device: Device,
     plan: RecomputePlan | None,
-    data_sha256: str,
+    hashes: dict[str, str],
 ) -> dict[str, Any]:
     """What the `start` event says a training is."""
     training = experiment.training
@@ -133,8 +146,7 @@ def _start(
         "recompute_num_layers": plan.num_layers if plan else None,
         "tags": {
             "config_sha256": provenance.sha256_of_experiment(experiment),
-            "data_sha256": data_sha256,
-            "weights_sha256": read_json(folder.conversion_record)["weights_sha256"],
+            **hashes,
             "environment_sha256": provenance.environment_sha256(),
             "git_commit": provenance.git_state(checkout)["git_commit"],
         },

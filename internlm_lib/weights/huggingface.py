@@ -1,156 +1,135 @@
-"""InternLM weights as Hugging Face stores them: a folder of safetensors and a config.json."""
+"""InternLM weights as Hugging Face stores them: safetensors or torch files, and a config.json."""
 
-import hashlib
 import json
-import math
-from collections.abc import Iterator
-from contextlib import ExitStack
-from functools import cached_property
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from internlm_lib.errors import InputError
 from internlm_lib.experiment.schema import ModelSection
-from internlm_lib.files import atomic_path, read_json, sha256_of, write_json
-from internlm_lib.model.precision import DTYPES
-from internlm_lib.weights.layout import huggingface_shapes
+from internlm_lib.files import read_json, write_json
+from internlm_lib.weights.checkpoint import Checkpoint, assemble, check_tensors
+from internlm_lib.weights.layout import Piece, huggingface_shapes
+from internlm_lib.weights.model_config import CONFIG, differences, read_model
+from internlm_lib.weights.plan import PlannedFile, PlannedTensor, Target
+from internlm_lib.weights.storage import Run, StoredTensor
+from internlm_lib.weights.torch_archive import flatten, read_archive
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_SHARD_BYTES = 2 * 10**9
-_LISTED = 5
-
-_RESIDUAL = ("o_proj.weight", "down_proj.weight")
-"""Outputs onto the residual stream, which Megatron draws with std / √(2 × layers)."""
-
-
-class HuggingFaceFolder:
-    """Weights read slice by slice; nothing is held in memory.
-
-    Raises InputError if the folder has no safetensors files or no config.json.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        for needed in ("config.json", _INDEX if (path / _INDEX).exists() else _SINGLE):
-            if not (path / needed).is_file():
-                raise InputError(
-                    f"model.weights = {str(path)!r}: {needed} is missing; give a Hugging Face "
-                    f"folder with config.json and {_SINGLE} (or {_INDEX} and its files), or null "
-                    "for random weights; convert *.bin files to safetensors first"
-                )
-        self.config: dict[str, Any] = read_json(path / "config.json")
-        self._files = ExitStack()
-        self._where: dict[str, Any] = {}
-        for file in self.files:
-            opened = self._open(file)
-            # InternLM's early checkpoints store the rotary frequencies, which are no weights.
-            names = (name for name in opened.keys() if not name.endswith("rotary_emb.inv_freq"))
-            self._where |= dict.fromkeys(names, opened)
-
-    @property
-    def files(self) -> list[Path]:
-        """The safetensors files, in the order of their names."""
-        if not (self.path / _INDEX).exists():
-            return [self.path / _SINGLE]
-        names = set(read_json(self.path / _INDEX)["weight_map"].values())
-        return [self.path / name for name in sorted(names)]
-
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 over the hashes of the weight files; the folder's other files do not count."""
-        hashes = "".join(sha256_of(file) for file in self.files)
-        return hashlib.sha256(hashes.encode()).hexdigest()
-
-    def names(self) -> list[str]:
-        return sorted(self._where)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._where[name].get_slice(name).get_shape())
-
-    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """A part of a tensor, in its stored dtype; one-dimensional tensors have rows only."""
-        part = self._where[name].get_slice(name)
-        two_dimensional = len(part.get_shape()) > 1
-        values: Tensor = part[rows, columns] if two_dimensional else part[rows]
-        return values
-
-    def check_shape(self, model: ModelSection) -> None:
-        """Raises InputError listing everything in which the folder is not this model's."""
-        problems = [*_config_problems(self.config, model), *self._tensor_problems(model)]
-        if problems:
-            raise InputError(
-                "\n  - ".join(
-                    [f"{self.path} does not hold the model of this experiment:", *problems]
-                )
-                + "\nSet the keys of `model` to what the folder holds, or give other weights."
-            )
-
-    def _open(self, file: Path) -> Any:
-        try:
-            return self._files.enter_context(safe_open(file, framework="pt"))
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{file} cannot be read: {error}; copy or download it again"
-            ) from error
-
-    def _tensor_problems(self, model: ModelSection) -> Iterator[str]:
-        expected, found = huggingface_shapes(model), set(self._where)
-        missing, unexpected = sorted(expected.keys() - found), sorted(found - expected.keys())
-        if missing:
-            yield f"{len(missing)} tensors are missing: {_some(missing)}"
-        if unexpected:
-            yield f"{len(unexpected)} tensors are unexpected: {_some(unexpected)}"
-        for name in sorted(expected.keys() & found):
-            if self.shape(name) != expected[name]:
-                yield f"{name} has the shape {self.shape(name)}, expected is {expected[name]}"
+SHARD_BYTES = 2 * 10**9
+_SAFETENSORS, _TORCH = "model.safetensors", "pytorch_model.bin"
+_INDEX = ".index.json"
+_DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ALIGNMENT = 8
 
 
-def write_random(folder: Path, model: ModelSection, seed: int, precision: str) -> Path:
-    """Write randomly drawn weights as a Hugging Face folder; returns `folder`.
+def is_huggingface(path: Path) -> bool:
+    names = (_SAFETENSORS, _SAFETENSORS + _INDEX, _TORCH, _TORCH + _INDEX)
+    return any((path / name).is_file() for name in names)
 
-    Each tensor has a generator of its own, seeded by `seed` and its name: the weights depend
-    neither on the order of writing nor on a layout. Norms are 1, biases 0.
+
+def open_huggingface(path: Path, model: ModelSection | None = None) -> Checkpoint:
+    """The weights in a Hugging Face folder.
 
     Args:
-        precision: "fp32" or "bf16", which the tensors are stored in.
+        model: what the folder must hold, instead of what its config.json says.
+    Raises:
+        InputError: listing everything in which the folder is not the model, or saying which file is
+            missing or damaged.
     """
-    dtype = DTYPES[precision]
-    shards = _shards(huggingface_shapes(model), dtype.itemsize)
-    weight_map: dict[str, str] = {}
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        for number, shapes in enumerate(shards, 1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            file = _SINGLE if len(shards) == 1 else file
-            tensors = {
-                name: _draw(name, shape, model, seed).to(dtype) for name, shape in shapes.items()
-            }
-            save_file(tensors, temporary / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(shapes, file)
-        if len(shards) > 1:
-            total = sum(map(math.prod, huggingface_shapes(model).values())) * dtype.itemsize
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(temporary / _INDEX, index)
-        write_json(temporary / "config.json", _config(model, precision))
-    return folder
+    if not (path / CONFIG).is_file():
+        raise InputError(
+            f"{path}: {CONFIG} is missing; give a Hugging Face folder with {CONFIG} and "
+            f"{_SAFETENSORS} or {_TORCH} (or their .index.json and its files)"
+        )
+    own = read_model(path / CONFIG)
+    stored: dict[str, StoredTensor] = {}
+    files = _weight_files(path)
+    for file in files:
+        found = _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file)
+        # InternLM's early checkpoints store the rotary frequencies, which are no weights.
+        stored |= {n: t for n, t in found.items() if not n.endswith("rotary_emb.inv_freq")}
+    expected = huggingface_shapes(model or own)
+    problems = differences(own, model) if model else ()
+    check_tensors(path, expected, {name: tensor.shape for name, tensor in stored.items()}, problems)
+    planned = ((_planned(name, shape), stored[name]) for name, shape in expected.items())
+    return Checkpoint(
+        path, "huggingface", "whole", model or own, assemble(expected, planned), files
+    )
 
 
-def transformers_model(folder: HuggingFaceFolder, model: ModelSection) -> "LlamaForCausalLM":
+def plan_huggingface(target: Target) -> list[PlannedFile]:
+    """Files of at most 2 GB, or of one tensor, in the order the tensors are computed with."""
+    groups: list[list[PlannedTensor]] = [[]]
+    room = SHARD_BYTES
+    for name, shape in huggingface_shapes(target.model).items():
+        size = torch.Size(shape).numel() * target.dtypes[name].itemsize
+        if groups[-1] and size > room:
+            groups.append([])
+            room = SHARD_BYTES
+        groups[-1].append(_planned(name, shape))
+        room -= size
+    if len(groups) == 1:
+        return [PlannedFile(_SAFETENSORS, tuple(groups[0]))]
+    return [
+        PlannedFile(f"model-{number:05}-of-{len(groups):05}.safetensors", tuple(group))
+        for number, group in enumerate(groups, 1)
+    ]
+
+
+def create_huggingface(folder: Path, file: PlannedFile, target: Target) -> None:
+    """Write a safetensors file with a hole in the place of every tensor's bytes.
+
+    Source of the format: 8 bytes of header length, little-endian, a JSON header, the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in file.tensors:
+        dtype = target.dtype(tensor)
+        begin, end = end, end + torch.Size(tensor.shape).numel() * dtype.itemsize
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with (folder / file.path).open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + end)
+
+
+def locate_huggingface(folder: Path, file: PlannedFile, target: Target) -> dict[str, StoredTensor]:
+    return _safetensors(folder / file.path)
+
+
+def finish_huggingface(folder: Path, files: Sequence[PlannedFile], target: Target) -> None:
+    """Write the index, where there is more than one file."""
+    if len(files) > 1:
+        weight_map = {tensor.name: file.path for file in files for tensor in file.tensors}
+        total = sum(target.nbytes(file) for file in files)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / (_SAFETENSORS + _INDEX), index)
+
+
+def transformers_model(weights: Checkpoint) -> "LlamaForCausalLM":
     """transformers' LLaMA with these weights in fp32; it shares no code with this kit's model.
 
     Source of the equivalence: InternLM's own `modeling_internlm.py` is LLaMA with these biases.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    model = weights.model
     config = LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
@@ -165,94 +144,82 @@ def transformers_model(folder: HuggingFaceFolder, model: ModelSection) -> "Llama
         tie_word_embeddings=False,
     )
     llama = LlamaForCausalLM(config).float()
-    llama.load_state_dict({name: folder.read(name) for name in folder.names()}, strict=True)
+    llama.load_state_dict({name: weights.read(name) for name in weights.names()}, strict=True)
     return llama
 
 
-def transformers_logits(folder: HuggingFaceFolder, model: ModelSection, tokens: Tensor) -> Tensor:
+def transformers_logits(weights: Checkpoint, tokens: Tensor) -> Tensor:
     """Logits [b, s, V] in fp32 of `transformers_model`, on the tokens' device."""
-    llama: Any = transformers_model(folder, model)
+    llama: Any = transformers_model(weights)
     llama.to(tokens.device).eval()
     with torch.no_grad():
         logits: Tensor = llama(tokens, use_cache=False).logits
     return logits
 
 
-def _shards(shapes: dict[str, tuple[int, ...]], itemsize: int) -> list[dict[str, tuple[int, ...]]]:
-    """Split into groups of at most 2 GB, or of one tensor, in order."""
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    room = _SHARD_BYTES
-    for name, shape in shapes.items():
-        size = math.prod(shape) * itemsize
-        if shards[-1] and size > room:
-            shards.append({})
-            room = _SHARD_BYTES
-        shards[-1][name] = shape
-        room -= size
-    return shards
+def _planned(name: str, shape: tuple[int, ...]) -> PlannedTensor:
+    return PlannedTensor(name, shape, (Piece(name, slice(0, shape[0]), slice(None), 0),))
 
 
-def _draw(name: str, shape: tuple[int, ...], model: ModelSection, seed: int) -> Tensor:
-    """One tensor in fp32."""
-    if name.endswith(".bias"):
-        return torch.zeros(shape)
-    if len(shape) == 1:
-        return torch.ones(shape)
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    std = model.init_method_std
-    if name.endswith(_RESIDUAL):
-        std /= math.sqrt(2 * model.num_layers)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+def _weight_files(path: Path) -> list[Path]:
+    """The files an index names, or the single one."""
+    for single in (_SAFETENSORS, _TORCH):
+        index = path / (single + _INDEX)
+        if index.is_file():
+            names = sorted(set(_weight_map(index).values()))
+            if absent := [name for name in names if not (path / name).is_file()]:
+                raise InputError(
+                    f"{index} names {len(names)} files, of which are missing: {', '.join(absent)}; "
+                    "copy or download them"
+                )
+            return [path / name for name in names]
+        if (path / single).is_file():
+            return [path / single]
+    raise InputError(
+        f"{path}: {_SAFETENSORS} is missing; give a Hugging Face folder with {_SAFETENSORS} or "
+        f"{_TORCH}, or their .index.json and its files"
+    )
 
 
-def _config(model: ModelSection, precision: str) -> dict[str, Any]:
-    """config.json as InternLM's own code reads it."""
-    return {
-        "architectures": ["InternLMForCausalLM"],
-        "model_type": "internlm",
-        "bias": model.attention_bias,
-        "hidden_act": "silu",
-        "hidden_size": model.hidden_size,
-        "initializer_range": model.init_method_std,
-        "intermediate_size": model.ffn_hidden_size,
-        "max_position_embeddings": model.max_position_embeddings,
-        "num_attention_heads": model.num_attention_heads,
-        "num_hidden_layers": model.num_layers,
-        "num_key_value_heads": model.num_attention_heads,
-        "rms_norm_eps": model.layernorm_epsilon,
-        "rope_theta": model.rotary_base,
-        "tie_word_embeddings": False,
-        "torch_dtype": str(DTYPES[precision]).removeprefix("torch."),
-        "vocab_size": model.vocab_size,
-    }
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        names: dict[str, str] = read_json(index)["weight_map"]
+        if not names or any("/" in file or file.startswith(".") for file in names.values()):
+            raise ValueError("its weight_map must name files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{index} is damaged: {type(error).__name__}: {error}; copy or download it again"
+        ) from error
+    return names
 
 
-def _config_problems(config: dict[str, Any], model: ModelSection) -> Iterator[str]:
-    """Keys that InternLM's config.json has under several names, or not at all, are optional."""
-    expected = {
-        "hidden_size": ("hidden_size", model.hidden_size),
-        "num_hidden_layers": ("num_layers", model.num_layers),
-        "intermediate_size": ("ffn_hidden_size", model.ffn_hidden_size),
-        "num_attention_heads": ("num_attention_heads", model.num_attention_heads),
-        "num_key_value_heads": ("num_attention_heads", model.num_attention_heads),
-        "vocab_size": ("vocab_size", model.vocab_size),
-        "rms_norm_eps": ("layernorm_epsilon", model.layernorm_epsilon),
-        "rope_theta": ("rotary_base", model.rotary_base),
-        "bias": ("attention_bias", model.attention_bias),
-        "attention_bias": ("attention_bias", model.attention_bias),
-    }
-    rope = config.get("rope_parameters") or config.get("rotary") or {}
-    theta = rope.get("rope_theta", rope.get("base"))
-    values = {**({"rope_theta": theta} if theta is not None else {}), **config}
-    for key, (ours, value) in expected.items():
-        if values.get(key, value) != value:
-            found = json.dumps(values[key])
-            yield f"config.json: {key} = {found}, but model.{ours} = {json.dumps(value)}"
-    if config.get("tie_word_embeddings"):
-        yield "config.json: tie_word_embeddings = true; InternLM's output layer has its own weights"
+def _safetensors(file: Path) -> dict[str, StoredTensor]:
+    """Where each tensor lies; safetensors itself checks the header against the file's size."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header: dict[str, Any] = json.loads(stream.read(length))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(
+            f"{file} cannot be read: {error}; it is truncated or damaged; copy or download it again"
+        ) from error
+    header.pop("__metadata__", None)
+    stored = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise InputError(
+                f"{file}: {name} has the type {entry['dtype']}; {', '.join(_DTYPES)} are understood"
+            )
+        elements = torch.Size(entry["shape"]).numel()
+        run = Run(0, elements, file, 8 + length + entry["data_offsets"][0])
+        stored[name] = StoredTensor(tuple(entry["shape"]), _DTYPES[entry["dtype"]], (run,))
+    return stored
 
 
-def _some(names: list[str]) -> str:
-    more = f" … and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+def _torch_file(file: Path) -> dict[str, StoredTensor]:
+    content = read_archive(file)
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds a {type(content).__name__}, not a dict of tensors")
+    return flatten(content)

@@ -13,7 +13,6 @@ import pytest
 
 from internlm_lib.experiment.schema import Layout
 from internlm_lib.journal import events
-from internlm_lib.ranks.launch import launch
 from internlm_lib.run_folder import RunFolder
 from tests.parity.make_run import make_run
 
@@ -26,11 +25,8 @@ TWO_RANKS = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run whose training would go on for hours."""
-    folder = make_run(
-        tmp_path_factory.mktemp("faults"), TWO_RANKS, **{"training.train_iters": 100_000}
-    )
-    launch("internlm_lib.stages.convert_worker", folder, world_size=2, logs=folder.path / "logs")
-    return folder
+    root = tmp_path_factory.mktemp("faults")
+    return make_run(root, TWO_RANKS, **{"training.train_iters": 100_000})
 
 
 @pytest.fixture

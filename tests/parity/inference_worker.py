@@ -11,6 +11,7 @@ from internlm_lib.files import write_json
 from internlm_lib.generation.inference import open_model
 from internlm_lib.ranks.rank import rank_main
 from internlm_lib.run_folder import RunFolder
+from internlm_lib.weights.start import starting_folder
 
 LENGTHS = (17, 9, 24)
 
@@ -22,7 +23,7 @@ def infer(folder: RunFolder, result: str) -> None:
         from internlm_lib.model.parallel import is_rank_zero
         from internlm_lib.weights.megatron import load_weights
 
-        load_weights(model.gpt, folder.megatron)
+        load_weights(model.gpt, starting_folder(folder, experiment.model), experiment.model)
         if is_rank_zero():
             with driving(model) as driver:
                 write_json(Path(result), _compare(driver, folder, experiment))
@@ -33,12 +34,12 @@ def infer(folder: RunFolder, result: str) -> None:
 def _compare(driver: Any, folder: RunFolder, experiment: Experiment) -> dict[str, float]:
     """Largest differences of logits and log-probabilities from transformers', row by row."""
     from internlm_lib.generation.generate import pad
-    from internlm_lib.weights.huggingface import HuggingFaceFolder, transformers_logits
+    from internlm_lib.weights.huggingface import open_huggingface, transformers_logits
 
-    model, source = experiment.model, HuggingFaceFolder(folder.huggingface)
+    model, source = experiment.model, open_huggingface(folder.huggingface)
     generator = torch.Generator().manual_seed(9)
     rows = [torch.randint(model.vocab_size, (n,), generator=generator) for n in LENGTHS]
-    expected = [transformers_logits(source, model, row[None])[0] for row in rows]
+    expected = [transformers_logits(source, row[None])[0] for row in rows]
     tokens = pad([row.tolist() for row in rows])
 
     everywhere = driver.logits(tokens)

@@ -1,13 +1,11 @@
 """A run folder with a small experiment, weights none of which is 0, and a corpus of random ids."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from internlm_lib.data.indexed import indexed_writer
 from internlm_lib.experiment.load import load_experiment, save_experiment
 from internlm_lib.experiment.schema import Layout
-from internlm_lib.files import write_json
 from internlm_lib.run_folder import RunFolder
 
 PARAMS = Path(__file__).resolve().parents[2] / "params" / "tiny.yaml"
@@ -17,6 +15,7 @@ SMALL = {
     "model.hidden_size": 64,
     "model.ffn_hidden_size": 176,
     "model.num_attention_heads": 4,
+    "model.direct_start": True,
     "training.seq_length": 32,
     "training.micro_batch_size": 2,
     "training.global_batch_size": 8,
@@ -25,7 +24,7 @@ SMALL = {
 
 
 def make_run(root: Path, candidate: Layout, **overrides: Any) -> RunFolder:
-    """A run of the tiny experiment at a smaller size, ready for stage 03 but for the checkpoint."""
+    """A run of the tiny experiment at a smaller size, ready for stage 03 to start directly."""
     folder = RunFolder.of("parity", root)
     values = {**SMALL, "parallel.reference": None, "parallel.candidate": candidate.model_dump()}
     _, experiment = load_experiment(PARAMS, {**values, **overrides})
@@ -40,7 +39,7 @@ def _write_weights(folder: RunFolder, experiment: Any) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from internlm_lib.weights.huggingface import write_random
+    from internlm_lib.weights.initial import write_random
 
     write_random(folder.huggingface, experiment.model, seed=7, precision="fp32")
     path = folder.huggingface / "model.safetensors"
@@ -50,8 +49,6 @@ def _write_weights(folder: RunFolder, experiment: Any) -> None:
         if tensors[name].dim() == 1:
             tensors[name] += 0.1 * torch.randn(tensors[name].shape, generator=generator)
     save_file(tensors, path, metadata={"format": "pt"})
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    write_json(folder.conversion_record, {"weights_sha256": digest})
 
 
 def _write_corpus(folder: RunFolder, vocab_size: int) -> None:

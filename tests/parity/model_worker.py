@@ -35,15 +35,15 @@ def _compare(
 
     from internlm_lib.model.build import build_gpt_model
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
-    from internlm_lib.weights.huggingface import HuggingFaceFolder
+    from internlm_lib.weights.huggingface import open_huggingface
     from internlm_lib.weights.layout import local_tensor, rules
-    from internlm_lib.weights.megatron import load_huggingface, named_parameters
+    from internlm_lib.weights.megatron import load_weights, named_parameters
 
     model, training = experiment.model, experiment.training
     initialize_parallel(layout, device)
-    source = HuggingFaceFolder(folder.huggingface)
+    source = open_huggingface(folder.huggingface)
     gpt = build_gpt_model(model, layout, training, device)
-    load_huggingface(gpt, source, model)
+    load_weights(gpt, folder.huggingface, model)
     ddp = DistributedDataParallel(
         gpt.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), gpt
     )
@@ -72,7 +72,7 @@ def _compare(
         forward_only=False,
     )  # fmt: skip
 
-    llama, expected_logits, expected_loss = _transformers(source, model, inputs, labels)
+    llama, expected_logits, expected_loss = _transformers(source, inputs, labels)
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
 
@@ -82,11 +82,11 @@ def _compare(
 
     parameters, differences = named_parameters(gpt), {}
     for rule in rules(model):
-        if rule.megatron in parameters:
+        if rule.name in parameters:
             theirs = local_tensor(rule, gradient_of, rank, size, model.vocab_size)
-            ours = parameters[rule.megatron].main_grad
+            ours = parameters[rule.name].main_grad
             scale = max(llama.get_parameter(n).grad.abs().max().item() for n in rule.huggingface)
-            differences[rule.megatron] = (ours - theirs).abs().max().item() / scale
+            differences[rule.name] = (ours - theirs).abs().max().item() / scale
     mine: dict[str, Any] = {"gradients": differences}
     if parallel_state.is_pipeline_last_stage():
         share = expected_logits.chunk(size, dim=-1)[rank]
@@ -100,10 +100,10 @@ def _compare(
     shutdown()
 
 
-def _transformers(source: Any, model: Any, inputs: Tensor, labels: Tensor) -> Any:
+def _transformers(source: Any, inputs: Tensor, labels: Tensor) -> Any:
     from internlm_lib.weights.huggingface import transformers_model
 
-    llama = transformers_model(source, model)
+    llama = transformers_model(source)
     logits = llama(inputs, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()

@@ -40,9 +40,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    folder = make_run(tmp_path_factory.mktemp("engines"), Layout(), **SETTINGS)
-    launch("internlm_lib.stages.convert_worker", folder, world_size=1, logs=folder.path / "logs")
-    return folder
+    return make_run(tmp_path_factory.mktemp("engines"), Layout(), **SETTINGS)
 
 
 def train(run: RunFolder, layout: Layout, **overrides: object) -> TrainingFolder:

@@ -7,6 +7,7 @@ import pytest
 from internlm_lib.experiment.schema import Layout
 from internlm_lib.files import read_json
 from internlm_lib.ranks.launch import launch
+from internlm_lib.weights.convert import Order, convert, plan_conversion
 from tests.parity.make_run import make_run
 
 TOLERANCE = 1e-5
@@ -21,7 +22,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_every_layout_answers_as_transformers_does(layout: Layout, tmp_path: Path) -> None:
     # An odd vocabulary: the last tensor parallel rank holds a row that no token belongs to.
-    run = make_run(tmp_path, layout, **{"model.vocab_size": 511})
+    overrides = {"model.vocab_size": 511, "model.direct_start": layout is LAYOUTS["PP2"]}
+    run = make_run(tmp_path, layout, **overrides)
+    convert(plan_conversion(run.huggingface, run.megatron, Order("megatron")))
     result, logs = tmp_path / "found.json", run.path / "logs"
     launch("internlm_lib.stages.convert_worker", run, world_size=2, logs=logs)
     launch("tests.parity.inference_worker", run, str(result), world_size=2, logs=logs)

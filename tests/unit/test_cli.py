@@ -178,3 +178,80 @@ def test_doctor_knows_an_npu_machine_without_cann(monkeypatch: pytest.MonkeyPatc
         "torch_npu": "fail", "CANN": "fail", "npu": "fail",
     }  # fmt: skip
     assert "2.13.0" in found["torch_npu"].fix and "set_env.sh" in found["CANN"].fix
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A Hugging Face folder of the tiny model."""
+    from internlm_lib.experiment.presets import PRESETS
+    from internlm_lib.experiment.schema import ModelSection
+    from internlm_lib.weights.initial import write_random
+
+    model = ModelSection(**PRESETS["internlm-tiny"], preset="internlm-tiny")
+    return write_random(tmp_path / "source", model, 1, "bf16")
+
+
+def test_convert_prints_one_object_and_verify_agrees(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "classic"
+    layout = ("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+    done = internlm("convert", str(checkpoint), str(target), "--to", "classic", *layout, "--json")
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert list(result) == [
+        "from", "to", "tensors", "bytes", "seconds", "peak_rss_mib", "tensor_hash",
+    ]  # fmt: skip
+    assert (result["from"], result["to"], result["tensors"]) == ("huggingface", "classic", 29)
+    reports = [
+        json.loads(internlm("verify", str(p), "--json").stdout) for p in (target, checkpoint)
+    ]
+    assert [report["tensor_hash"] for report in reports] == [result["tensor_hash"]] * 2
+    assert [report["manifest"] for report in reports] == [True, False]
+
+
+def test_verify_ends_with_1_and_names_what_is_damaged(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    internlm("convert", str(checkpoint), str(target), "--to", "huggingface")
+    file = target / "model.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    result = internlm("verify", str(tmp_path), "--json")
+    assert result.exit_code == 1
+    reports = json.loads(result.stdout)["checkpoints"]
+    assert reports[str(target)]["damaged_tensors"] == ["lm_head.weight"]
+    assert reports[str(checkpoint)]["ok"]
+
+
+def test_a_dry_run_plans_and_writes_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "planned"
+    words = ("--to", "deepspeed", "--num-layer-list", "1,1", "--dry-run", "--json")
+    result = internlm("convert", str(checkpoint), str(target), *words)
+    planned = json.loads(result.stdout)
+    assert [file["file"] for file in planned["files"]] == [
+        f"release/mp_rank_{rank:02}_model_states.pt" for rank in (0, 1)
+    ]
+    assert planned["bytes"] == sum(file["bytes"] for file in planned["files"])
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--to", "tar"), "choose one of huggingface, megatron, classic, deepspeed"),
+        (("--to", "classic", "--dtype", "int8"), "--dtype 'int8': choose one of"),
+        (("--to", "classic", "--num-layer-list", "1;1"), "give numbers like 20,22,22,16"),
+        (("--to", "classic", "--model", "internlm-8b"), "give one of internlm-7b"),
+        (("--to", "classic", "--model", "internlm-7b"), "num_hidden_layers = 2, but"),
+        (
+            ("--to", "classic", "--tensor-model-parallel-size", "3"),
+            "does not divide num_attention_heads",
+        ),
+    ],
+)
+def test_a_conversion_that_cannot_be_is_refused(
+    words: tuple[str, ...], message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    result = internlm("convert", str(checkpoint), str(tmp_path / "target"), *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

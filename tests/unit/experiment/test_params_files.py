@@ -330,7 +330,7 @@ def test_a_layout_is_called_by_how_it_splits(params: str, label: str) -> None:
 def test_a_big_file_has_the_shape_of_its_preset_and_no_second_training(params: str) -> None:
     """The second run is another machine's: `parallel.reference_run` names it there."""
     experiment = read(params)
-    shape = experiment.model.model_dump(exclude={"preset", "weights"})
+    shape = experiment.model.model_dump(exclude={"preset", "weights", "direct_start"})
     assert shape == PRESETS[experiment.model.preset]
     assert experiment.roles == ("candidate",)
     assert (experiment.parallel.device, experiment.parallel.reference_run) == ("auto", None)

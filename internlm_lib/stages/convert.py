@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from internlm_lib.errors import KitError
+from internlm_lib.experiment.schema import Layout, ModelSection
 from internlm_lib.files import read_json, write_json
 from internlm_lib.generation.inference import inference_layout
 from internlm_lib.ranks.launch import launch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from internlm_lib.weights.checkpoint import Checkpoint
     from internlm_lib.weights.convert import Plan
+    from internlm_lib.weights.layout import TensorRule
 
 LOGIT_TOLERANCE = 1e-5
 """Largest difference of fp32 logits that rounding explains; a wrong layout gives 0.01 and more."""
@@ -60,30 +62,16 @@ def plan(stage: Stage) -> list[dict[str, Any]]:
 
 
 def draw_layout(stage: Stage) -> "Path":
-    """Draw how the candidate's ranks share the tensors; returns the PNG."""
+    """Draw how the candidate's ranks share the tensors, with its CSVs beside; returns the PNG."""
     from internlm_lib.reporting.layout_figure import layout_figure
-    from internlm_lib.weights.layout import local_shape, rules
-    from internlm_lib.weights.plan import partition, rank_tensors
 
-    model, layout = stage.experiment.model, stage.experiment.parallel.candidate
-    size, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    split, table, itemsize = partition(model, size, stages), rules(model), _itemsize(stage)
-    tensors = []
-    for rule in _first_layer(table):
-        rows, *columns = local_shape(rule, 1, model.vocab_size)
-        name = rule.name.replace("decoder.layers.0.", "").replace("decoder.", "")
-        tensors.append({"name": name, "split": rule.split, "rows": rows,
-                        "columns": columns[0] if columns else 1})  # fmt: skip
-    shares, first = [], 0
-    for number, count in enumerate(split.layers_per_stage):
-        held = rank_tensors(table, split, 0, number)
-        nbytes = itemsize * sum(math.prod(tensor.shape) for tensor in held)
-        ends = ["embedding"] * (number == 0) + ["norm, output layer"] * (number == stages - 1)
-        layers = f"{first}" if count == 1 else f"{first}–{first + count - 1}"
-        shares.append({"stage": number, "layers": layers,
-                       "bytes_per_rank": nbytes, "holds": ", ".join(ends)})  # fmt: skip
-        first += count
-    return stage.figure("weights_layout", layout_figure(tensors, shares, size))
+    layout = stage.experiment.parallel.candidate
+    tensors = _tensor_sizes(stage.experiment.model)
+    stages = _stage_shares(stage.experiment.model, layout, stage.experiment.training.precision)
+    stage.table("weights_layout", tensors)
+    stage.table("pipeline_stages", stages)
+    figure = layout_figure(tensors, stages, layout.tensor_model_parallel_size)
+    return stage.figure("weights_layout", figure)
 
 
 def convert(stage: Stage, show: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -281,11 +269,42 @@ def _tokenizer(stage: Stage) -> "Path | None":
     return stage.folder.tokenizer if stage.folder.tokenizer.is_file() else None
 
 
-def _first_layer(table: list[Any]) -> list[Any]:
+def _first_layer(table: "list[TensorRule]") -> "list[TensorRule]":
     return [r for r in table if "layers." not in r.name or ".layers.0." in r.name]
 
 
-def _itemsize(stage: Stage) -> int:
-    from internlm_lib.model.precision import DTYPES
+def _tensor_sizes(model: ModelSection) -> list[dict[str, Any]]:
+    """Split and whole size of the tensors of the first layer and of those outside of layers."""
+    from internlm_lib.weights.layout import local_shape, rules
 
-    return DTYPES[stage.experiment.training.precision].itemsize
+    rows = []
+    for rule in _first_layer(rules(model)):
+        name = rule.name.removeprefix("decoder.").removeprefix("layers.0.")
+        height, *width = local_shape(rule, 1, model.vocab_size)
+        rows.append({"name": name, "split": rule.split, "rows": height, "columns": [*width, 1][0]})
+    return rows
+
+
+def _stage_shares(model: ModelSection, layout: Layout, precision: str) -> list[dict[str, Any]]:
+    """Layers and bytes per rank of each pipeline stage."""
+    from internlm_lib.model.precision import DTYPES
+    from internlm_lib.weights.layout import rules
+    from internlm_lib.weights.plan import partition, rank_tensors
+
+    stages = layout.pipeline_model_parallel_size
+    split = partition(model, layout.tensor_model_parallel_size, stages)
+    rows, first = [], 0
+    for number, count in enumerate(split.layers_per_stage):
+        held = rank_tensors(rules(model), split, 0, number)
+        elements = sum(math.prod(tensor.shape) for tensor in held)
+        ends = ["embedding"] * (number == 0) + ["norm, output layer"] * (number == stages - 1)
+        rows.append(
+            {
+                "stage": number,
+                "layers": f"{first}" if count == 1 else f"{first}–{first + count - 1}",
+                "bytes_per_rank": elements * DTYPES[precision].itemsize,
+                "holds": ", ".join(ends),
+            }
+        )
+        first += count
+    return rows

@@ -46,7 +46,7 @@ def read_model(path: Path) -> ModelSection:
             num_attention_heads=config["num_attention_heads"],
             vocab_size=config["vocab_size"],
             max_position_embeddings=config.get("max_position_embeddings", 2048),
-            attention_bias=config.get("attention_bias", config.get("bias", False)),
+            attention_bias=_attention_bias(config),
             layernorm_epsilon=config["rms_norm_eps"],
             rotary_base=int(_rotary(config).get("base", 10000)),
             init_method_std=config.get("initializer_range", 0.02),
@@ -182,6 +182,13 @@ def _foreign(config: dict[str, Any]) -> Iterator[str]:
         yield f"pad_token_id = {padding}; 2, or the 0 of early uploads, is InternLM's"
     if (kind := _rotary(config)["type"]) not in ("origin", "default", "dynamic"):
         yield f"rotary embedding of type {json.dumps(kind)}; origin and dynamic are understood"
+
+
+def _attention_bias(config: dict[str, Any]) -> bool:
+    """LLaMA's key, else InternLM's, else the default of the class that would read it."""
+    default = config["model_type"] == "internlm"
+    value: bool = config.get("attention_bias", config.get("bias", default))
+    return value
 
 
 def _rotary(config: dict[str, Any]) -> dict[str, Any]:

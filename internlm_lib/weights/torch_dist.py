@@ -94,8 +94,8 @@ def open_torch_dist(path: Path, model: ModelSection | None = None) -> Checkpoint
 def read_metadata(path: Path) -> Metadata:
     """A checkpoint's `.metadata`, unpickled with nothing but the classes that belong there.
 
-    Also opens the objects beside the tensors, so that what passes here is safe for megatron-core,
-    which unpickles all of it. Raises InputError otherwise.
+    Objects beside the tensors (random states, for one) are never opened. Raises InputError for
+    anything else, and if a file is missing or too short.
     """
     file = path / _METADATA
     try:
@@ -117,8 +117,6 @@ def read_metadata(path: Path) -> Metadata:
                 f"{target} is missing, or truncated: {index.fqn} lies up to byte "
                 f"{info.offset + info.length:,}, found are {max(0, size):,}; copy it again"
             )
-        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
-            read_archive(target, start=info.offset, length=info.length)
     return metadata
 
 

@@ -211,7 +211,9 @@ def convert(
             dtype=dtype,
         )
         named = _named_model(model)
-        plan = plan_conversion(source, target, order, model=named, overwrite=overwrite)
+        plan = plan_conversion(
+            source, target, order, model=named, tokenizer=tokenizer, overwrite=overwrite
+        )
         if dry_run:
             files = plan.file_rows()
             print_plan(plan.target_path, files, _console(stderr=as_json))
@@ -219,7 +221,7 @@ def convert(
                 _print_json({"files": files, "bytes": plan.nbytes})
             return
         with ByteProgress(_console(stderr=True)) as progress:
-            result = carry_out(plan, tokenizer=tokenizer, progress=progress)
+            result = carry_out(plan, progress)
         _print_result(result, as_json)
 
 

@@ -51,6 +51,12 @@ class Tokenizer:
         return self._processor.vocab_size()
 
     @property
+    def adds_leading_space(self) -> bool:
+        """Whether a text is encoded as if it began with a space; InternLM's is not."""
+        first: str = self._processor.encode("a", out_type=str)[0]
+        return first.startswith("▁")
+
+    @property
     def bos_id(self) -> int:
         return self._processor.bos_id()
 

@@ -51,9 +51,9 @@ def source_weights(stage: Stage) -> list[dict[str, Any]]:
 
 
 def plan(stage: Stage) -> list[dict[str, Any]]:
-    """What is going to be written, as table rows, one per file; empty with `model.direct_start`."""
+    """What is going to be written, as table rows, one per file; written as CSV too."""
     if stage.experiment.model.direct_start:
-        return []
+        return [{"file": "none: ranks read the source", "tensors": 0, "bytes": 0}]
     conversion = _plan(stage)
     conversion.source.close()
     rows = conversion.file_rows()
@@ -124,13 +124,13 @@ def tensor_rows(stage: Stage) -> list[dict[str, Any]]:
 def manifest_rows(stage: Stage) -> list[dict[str, Any]]:
     """The manifest's first tensors and their hashes, as table rows; all of them as CSV.
 
-    With `model.direct_start` the source's own manifest, if it has one.
+    With `model.direct_start` it is the source's own, if that has one.
     """
     from internlm_lib.weights.manifest import read_manifest
 
     manifest = read_manifest(starting_folder(stage.folder, stage.experiment.model))
     if manifest is None:
-        return []
+        return [{"tensor": "none: the source has no manifest"}]
     rows = [
         {"tensor": name, "dtype": entry["dtype"], "shape": " × ".join(map(str, entry["shape"])),
          "sha256": entry["sha256"]}
@@ -220,14 +220,18 @@ def _plan(stage: Stage) -> "Plan":
 
     model = stage.experiment.model
     source, target = source_folder(stage.folder, model), stage.folder.megatron
-    return plan_conversion(source, target, Order("megatron"), model=model, overwrite=True)
+    # 01_prepare, which may not have run, makes or copies the run's own tokenizer.
+    tokenizer = stage.folder.tokenizer if stage.folder.tokenizer.is_file() else None
+    return plan_conversion(
+        source, target, Order("megatron"), model=model, tokenizer=tokenizer, overwrite=True
+    )
 
 
 def _write(stage: Stage, show: Callable[[str], None]) -> dict[str, Any]:
     from internlm_lib.weights.convert import convert as write
 
     conversion = _plan(stage)
-    result = write(conversion, tokenizer=_tokenizer(stage), progress=_Rate(show))
+    result = write(conversion, _Rate(show))
     return {**result, "dtype": conversion.source.dtype}
 
 
@@ -262,11 +266,6 @@ class _Rate:
         left = clock((total - done) / max(rate, 1.0))
         megabytes = f"{done / 1e6:,.0f}/{total / 1e6:,.0f} MB, {rate / 1e6:,.0f} MB/s"
         self._show(f"{what} {megabytes}, {left} left")
-
-
-def _tokenizer(stage: Stage) -> "Path | None":
-    """The run's own tokenizer, if 01_prepare has made or copied one."""
-    return stage.folder.tokenizer if stage.folder.tokenizer.is_file() else None
 
 
 def _first_layer(table: "list[TensorRule]") -> "list[TensorRule]":

@@ -47,6 +47,21 @@ class LogicalTensor:
     def copies(self) -> list[Part]:
         return [part for part in self.parts if part.piece.role == "copy"]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its data make up every element exactly once: stripes of columns, of rows each."""
+        stripes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for part in self.parts:
+            if part.piece.role == "data":
+                left = part.piece.columns.start or 0
+                stripe = (left, left + part.stored.row_elements)
+                rows = (part.piece.rows.start, part.piece.rows.stop)
+                stripes.setdefault(stripe, []).append(rows)
+        width = [*self.shape[1:], 1][0]
+        return _is_filled(stripes, width) and all(
+            _is_filled(rows, self.shape[0]) for rows in stripes.values()
+        )
+
 
 class Checkpoint:
     """Every logical tensor of a model: where its rows lie, and how to read and write them.
@@ -202,6 +217,16 @@ def check_tensors(
             "\n  - ".join([f"{path} does not hold the model that is expected:", *problems])
             + "\nSet the keys of `model` to what the folder holds, or give other weights."
         )
+
+
+def _is_filled(ranges: Iterable[tuple[int, int]], size: int) -> bool:
+    """Whether ranges lie end to end from 0 to `size`."""
+    end = 0
+    for start, stop in sorted(ranges):
+        if start != end:
+            return False
+        end = stop
+    return end == size
 
 
 def _some(names: list[str]) -> str:

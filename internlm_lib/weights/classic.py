@@ -16,7 +16,7 @@ from internlm_lib.files import write_text
 from internlm_lib.weights.checkpoint import Checkpoint, assemble, check_tensors
 from internlm_lib.weights.layout import LAYER, TensorRule, classic_rules, huggingface_shapes, rules
 from internlm_lib.weights.model_config import preset_of
-from internlm_lib.weights.plan import Partition, PlannedFile, Target, rank_tensors
+from internlm_lib.weights.plan import Partition, PlannedFile, Target, indivisible, rank_tensors
 from internlm_lib.weights.storage import StoredTensor
 from internlm_lib.weights.torch_archive import create_archive, flatten, read_archive
 
@@ -31,8 +31,7 @@ Rank = dict[str, StoredTensor]
 
 
 def is_classic(path: Path) -> bool:
-    folder = _iteration_folder(path)
-    return folder is not None and any(folder.glob(f"mp_rank_*/{_RANK_FILE}"))
+    return (path / _TRACKER).is_file() or any(path.glob(f"mp_rank_*/{_RANK_FILE}"))
 
 
 def open_classic(path: Path, model: ModelSection | None = None) -> Checkpoint:
@@ -105,6 +104,8 @@ def open_ranks(
     stages = [ranks[i] for i in range(0, len(ranks), tensor_parallel)]
     shapes = {name: t.shape for rank in stages for name, t in rank.items()}
     model = model or _preset(shapes, stages, tensor_parallel)
+    if problems := indivisible(model, tensor_parallel):
+        raise InputError("\n  - ".join([f"{path} cannot be this model:", *problems]))
     padded = shapes.get(_EMBEDDING, (model.vocab_size // tensor_parallel,))[0] * tensor_parallel
     split = Partition(tensor_parallel, tuple(_layers(rank) for rank in stages), padded)
     table = _table(shapes, model)
@@ -163,11 +164,11 @@ def _iteration_folder(path: Path) -> Path | None:
     """The folder of ranks: what the tracker names, or `path` itself."""
     tracker = path / _TRACKER
     if not tracker.is_file():
-        return path if any(path.glob(f"mp_rank_*/{_RANK_FILE}")) else None
+        return path
     name = tracker.read_text(errors="replace").strip()
-    if name.isdigit():
+    if re.fullmatch(r"[0-9]{1,15}", name):
         name = f"iter_{int(name):07}"
-    return path / name if re.fullmatch(r"release|iter_\d+", name) else None
+    return path / name if re.fullmatch(r"release|iter_[0-9]{7,15}", name) else None
 
 
 def _grid(stages: int, size: int) -> list[tuple[int, int]]:
@@ -181,13 +182,13 @@ def _rank_folder(tp: int, stage: int, stages: int) -> str:
 def _weights(file: Path, content: Any, key: str) -> Rank:
     if not isinstance(content, dict) or not isinstance(content.get(key), dict):
         raise InputError(f"{file} has no {key!r} with a rank's weights")
-    return canonical(flatten(content[key]))
+    return canonical(flatten(content[key], file))
 
 
 def _canonical(name: str) -> str:
     if name.endswith("word_embeddings.weight"):
         return _EMBEDDING
-    if "linear_" in name or name.startswith("decoder.") or ".decoder." in name:
+    if "decoder." in name:  # megatron-core's
         return name[name.index("decoder.") :]
     if name.endswith("final_layernorm.weight"):
         return _FINAL_NORM

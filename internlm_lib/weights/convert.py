@@ -37,8 +37,9 @@ from internlm_lib.weights.manifest import (
     tensor_hash,
     write_manifest,
 )
-from internlm_lib.weights.model_config import carry_tokenizer, write_model
+from internlm_lib.weights.model_config import carry_tokenizer, find_tokenizer, write_model
 from internlm_lib.weights.plan import PlannedFile, Target, partition
+from internlm_lib.weights.storage import same_bits
 
 THREADS = min(4, os.cpu_count() or 1)
 """Tensors in work at the same time. Hashing and copying release Python's lock."""
@@ -78,6 +79,10 @@ class Plan:
     order: Order
     target: Target
     files: list[PlannedFile]
+    tokenizer: Path | None
+    """A tokenizer.model that the target gets, too."""
+    overwrite: bool
+    """Replace a folder that is already there."""
 
     def file_rows(self) -> list[dict[str, Any]]:
         """One table row per file that is going to be written."""
@@ -98,12 +103,14 @@ def plan_conversion(
     order: Order,
     *,
     model: ModelSection | None = None,
+    tokenizer: Path | None = None,
     overwrite: bool = False,
 ) -> Plan:
     """Check source, target and layout against each other; nothing is written.
 
     Args:
         model: what the source holds, where it does not say so itself.
+        tokenizer: a tokenizer.model or its folder; by default the source's, if it has one.
         overwrite: replace a folder that is already there.
     Raises:
         InputError: saying what cannot be read, does not fit, or is in the way.
@@ -112,8 +119,7 @@ def plan_conversion(
         raise InputError(f"--to {order.to!r}: choose one of {', '.join(FORMATS)}")
     if order.dtype is not None and order.dtype not in STORED_DTYPES:
         raise InputError(f"--dtype {order.dtype!r}: choose one of {', '.join(STORED_DTYPES)}")
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} exists; remove it, choose another name, or say --overwrite")
+    _check_free(target, overwrite)
     inside, outside = target.resolve(), source.resolve()
     if inside == outside or outside in inside.parents or inside in outside.parents:
         raise InputError(f"the target {target} and the source {source} lie within each other")
@@ -130,23 +136,22 @@ def plan_conversion(
     }
     wanted = Target(written, split, dtypes, order.merge_mlp)
     files = FORMATS[order.to].plan(wanted)
-    return Plan(weights, target, order, wanted, files)
+    found = find_tokenizer(source, written, tokenizer)
+    plan = Plan(weights, target, order, wanted, files, found, overwrite)
+    _ = plan.nbytes  # every file's tensors must have one dtype
+    return plan
 
 
-def convert(
-    plan: Plan, *, tokenizer: Path | None = None, progress: Progress | None = None
-) -> dict[str, Any]:
+def convert(plan: Plan, progress: Progress | None = None) -> dict[str, Any]:
     """Carry out a plan; returns what `internlm convert --json` prints.
 
-    Args:
-        tokenizer: a tokenizer.model or its folder; by default the source's, if it has one.
     Raises:
         InputError: if the source is damaged.
         KitError: if the target cannot be written; the same conversion started again goes on.
     """
     started = time.monotonic()
     with plan.source, _work(plan) as work:
-        manifest = work.run(progress or (lambda what, done, total: None), tokenizer)
+        manifest = work.run(progress or (lambda what, done, total: None))
     return {
         "from": plan.source.format_name,
         "to": plan.order.to,
@@ -197,16 +202,23 @@ def _work(plan: Plan) -> Iterator["_Work"]:
     folder = plan.target_path.with_name(f".{plan.target_path.name}.converting")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / _JOURNAL).open("a+", encoding="utf-8") as journal:
-            try:
-                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{plan.target_path} is being written by another conversion; wait for it"
-                ) from None
+        with _locked(folder), (folder / _JOURNAL).open("a+", errors="replace") as journal:
             yield _Work(plan, folder, journal)
     except OSError as error:
         raise KitError(_what_to_do(error, plan, folder)) from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, under whatever name, against other conversions; the lock dies with us."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(f"{folder} is being written by another conversion; wait for it") from None
+    finally:
+        os.close(handle)
 
 
 class _Work:
@@ -220,7 +232,7 @@ class _Work:
         self._stopped = threading.Event()
         self._expected = _expected_hashes(plan.source)
 
-    def run(self, progress: Progress, tokenizer: Path | None) -> dict[str, Any]:
+    def run(self, progress: Progress) -> dict[str, Any]:
         plan, kind = self._plan, FORMATS[self._plan.order.to]
         done = self._resume()
         if not done:
@@ -233,7 +245,8 @@ class _Work:
         kind.finish(self._folder, plan.files, plan.target)
         dtype = next(iter(entries.values()))["dtype"]
         write_model(self._folder, plan.target.model, dtype)
-        carry_tokenizer(tokenizer or plan.source.path, self._folder)
+        if plan.tokenizer:
+            carry_tokenizer(plan.tokenizer, self._folder)
         open_checkpoint(self._folder).close()
         manifest = self._manifest(entries, progress)
         self._publish()
@@ -242,9 +255,11 @@ class _Work:
     def _resume(self) -> dict[str, str]:
         """Hashes of the tensors that an earlier, equal conversion has finished."""
         self._journal.seek(0)
-        lines = self._journal.read().splitlines()
-        head = json.dumps({"conversion": _fingerprint(self._plan)})
+        text = self._journal.read()
+        lines, head = text.splitlines(), json.dumps({"conversion": _fingerprint(self._plan)})
         if lines and lines[0] == head:
+            if not text.endswith("\n"):  # torn: what follows must not be read as part of it
+                self._note([""])
             return {entry["tensor"]: entry["sha256"] for entry in map(_entry, lines[1:]) if entry}
         for path in self._folder.iterdir():
             if path.name != _JOURNAL:
@@ -353,14 +368,24 @@ class _Work:
     def _publish(self) -> None:
         """Give the folder its name; from here on it counts."""
         target = self._plan.target_path
+        _check_free(target, self._plan.overwrite)
         (self._folder / _JOURNAL).unlink()
         sync(self._folder)
         replaced = target.with_name(f".{target.name}.replaced")
         if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             target.rename(replaced)
         self._folder.replace(target)
         sync(target.parent, recursive=False)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if target.is_file() or (target.exists() and not overwrite):
+        advice = "remove it, or choose another name"
+        raise InputError(
+            f"{target} exists; {advice if target.is_file() else advice + ', or say --overwrite'}"
+        )
 
 
 def _in_file_order(plan: Plan) -> list[str]:
@@ -377,7 +402,7 @@ def _expected_hashes(source: Checkpoint) -> dict[str, str]:
 def _check_copies(source: Checkpoint, name: str) -> None:
     """Raises InputError if ranks that hold the same tensor hold different values."""
     for part in source.tensors[name].copies:
-        if not torch.equal(source.read_stored(part), source.read(name, part.piece.rows)):
+        if not same_bits(source.read_stored(part), source.read(name, part.piece.rows)):
             files = ", ".join(sorted(str(file) for file in part.stored.files))
             raise InputError(
                 f"{name} must be the same on all tensor parallel ranks, but differs in {files}: "
@@ -421,7 +446,7 @@ def _entry(line: str) -> dict[str, str]:
         found: dict[str, str] = json.loads(line)
     except ValueError:
         return {}
-    return found
+    return found if isinstance(found, dict) and {"tensor", "sha256"} <= found.keys() else {}
 
 
 def _what_to_do(error: OSError, plan: Plan, folder: Path) -> str:

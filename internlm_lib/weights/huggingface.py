@@ -222,4 +222,4 @@ def _torch_file(file: Path) -> dict[str, StoredTensor]:
     content = read_archive(file)
     if not isinstance(content, dict):
         raise InputError(f"{file} holds a {type(content).__name__}, not a dict of tensors")
-    return flatten(content)
+    return flatten(content, file)

@@ -36,7 +36,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         intact = own == _sha256(manifest)
         manifest["manifest_sha256"] = own
         intact = intact and json_text(manifest).encode() == text
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {error}; copy it again") from error
     if not intact:
         raise InputError(f"{path} is damaged: its hash does not fit; copy it again")

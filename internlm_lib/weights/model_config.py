@@ -12,19 +12,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from internlm_lib.data.tokenizer import Tokenizer
 from internlm_lib.errors import InputError
 from internlm_lib.experiment.load import load_experiment
 from internlm_lib.experiment.presets import PRESETS
 from internlm_lib.experiment.schema import ModelSection
 from internlm_lib.files import read_json, write_json
 
-CONFIG = "config.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.model"
 BOS, EOS = 1, 2
 """Token ids of `<s>` and `</s>`. `</s>` pads, too: the 0 of the earliest uploads was a mistake
 (InternLM issue 431); either is accepted."""
 
 _TYPES = ("internlm", "llama")
-_CARRIED = ("tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+_CARRIED = ("special_tokens_map.json", "added_tokens.json")
 _PADDING = (0, EOS)
 
 
@@ -35,9 +36,9 @@ def read_model(path: Path) -> ModelSection:
     queries, tied or sliding embeddings, unreadable JSON.
     """
     config = _read_config(path)
-    if problems := list(_foreign(config)):
-        raise InputError("\n  - ".join([f"{path} is not an InternLM's:", *problems]))
     try:
+        if problems := list(_foreign(config)):
+            raise InputError("\n  - ".join([f"{path} is not an InternLM's:", *problems]))
         return ModelSection(
             preset=str(config.get("_name_or_path") or config["model_type"]),
             num_layers=config["num_hidden_layers"],
@@ -59,6 +60,8 @@ def read_model(path: Path) -> ModelSection:
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: a value is of the wrong kind: {error}") from error
 
 
 def write_model(folder: Path, model: ModelSection, dtype: str) -> None:
@@ -72,30 +75,47 @@ def write_model(folder: Path, model: ModelSection, dtype: str) -> None:
     write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
 
 
-def carry_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files that `source` has, be it their folder or a tokenizer.model.
+def find_tokenizer(source: Path, model: ModelSection, named: Path | None = None) -> Path | None:
+    """The tokenizer.model that belongs to weights: the named one, or that in their folder, if any.
 
-    tokenizer_config.json is written anew: InternLM's own names Python code to be run.
+    Args:
+        named: a tokenizer.model or its folder.
+    Raises:
+        InputError: if it is none, or has more pieces than the model's vocabulary.
     """
-    folder = source if source.is_dir() else source.parent
-    model = folder / "tokenizer.model" if source.is_dir() else source
-    if not model.is_file():
-        return []
-    shutil.copyfile(model, target / "tokenizer.model")
-    for name in _CARRIED[1:]:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+    path = source if named is None else named
+    if path.is_dir():
+        path = path / TOKENIZER
+    if named is None and not path.is_file():
+        return None
+    if (pieces := Tokenizer(path).vocab_size) > model.vocab_size:
+        raise InputError(
+            f"{path} has {pieces} pieces, but the model's vocabulary {model.vocab_size}: it is "
+            "another model's tokenizer"
+        )
+    return path
+
+
+def carry_tokenizer(tokenizer: Path, target: Path) -> None:
+    """Copy a tokenizer.model and what belongs to it into a folder.
+
+    tokenizer_config.json is written anew: InternLM's own names Python code to be run. As
+    transformers' LlamaTokenizer it gives the ids that sentencepiece gives.
+    """
+    shutil.copyfile(tokenizer, target / TOKENIZER)
+    for name in _CARRIED:
+        if (tokenizer.parent / name).is_file():
+            shutil.copyfile(tokenizer.parent / name, target / name)
     specials = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
         "add_eos_token": False,
+        "add_prefix_space": Tokenizer(tokenizer).adds_leading_space,
         "clean_up_tokenization_spaces": False,
-        "legacy": True,
         **specials,
     }
     write_json(target / "tokenizer_config.json", config)
-    return sorted(path.name for path in target.iterdir() if "token" in path.name)
 
 
 def named_model(name: str) -> ModelSection:
@@ -169,7 +189,9 @@ def _foreign(config: dict[str, Any]) -> Iterator[str]:
     if kind not in _TYPES:
         yield f"model_type = {json.dumps(kind)}; {' and '.join(_TYPES)} are understood"
         return
-    heads = config.get("num_attention_heads")
+    heads = config["num_attention_heads"]
+    if config["hidden_size"] % heads:
+        yield f"hidden_size = {config['hidden_size']} is no multiple of num_attention_heads {heads}"
     if config.get("num_key_value_heads", heads) not in (heads, None):
         yield f"num_key_value_heads = {config['num_key_value_heads']}, not {heads} as all heads"
     if config.get("tie_word_embeddings"):

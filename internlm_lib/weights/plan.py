@@ -91,16 +91,9 @@ def partition(
     Raises:
         InputError: listing everything that does not divide.
     """
-    problems = []
-    for what, whole in (
-        ("hidden_size", model.hidden_size),
-        ("ffn_hidden_size", model.ffn_hidden_size),
-        ("num_attention_heads", model.num_attention_heads),
-    ):
-        if tensor_parallel < 1 or whole % tensor_parallel:
-            problems.append(
-                f"tensor parallel size {tensor_parallel} does not divide {what} {whole}"
-            )
+    problems = indivisible(model, tensor_parallel)
+    if (multiple := model.make_vocab_size_divisible_by) < 1:
+        problems.append(f"make_vocab_size_divisible_by is {multiple}; it must be at least 1")
     layers = tuple(num_layer_list or ())
     if layers:
         if len(layers) != pipeline_parallel and pipeline_parallel != 1:
@@ -117,8 +110,23 @@ def partition(
         )
     if problems:
         raise InputError("\n  - ".join(["this layout cannot hold the model:", *problems]))
+    padded = padded_vocab_size(model, tensor_parallel)
+    if padded > 2 * model.vocab_size:
+        raise InputError(
+            f"make_vocab_size_divisible_by {multiple} × tensor parallel size {tensor_parallel} "
+            f"would more than double the {model.vocab_size} rows of the vocabulary; choose less"
+        )
     even = (model.num_layers // pipeline_parallel,) * pipeline_parallel
-    return Partition(tensor_parallel, layers or even, padded_vocab_size(model, tensor_parallel))
+    return Partition(tensor_parallel, layers or even, padded)
+
+
+def indivisible(model: ModelSection, tensor_parallel: int) -> list[str]:
+    """What of a model cannot be cut into that many equal parts, a text each."""
+    return [
+        f"tensor parallel size {tensor_parallel} does not divide {what} {getattr(model, what)}"
+        for what in ("hidden_size", "ffn_hidden_size", "num_attention_heads")
+        if tensor_parallel < 1 or getattr(model, what) % tensor_parallel
+    ]
 
 
 def rank_tensors(

@@ -79,6 +79,9 @@ class OpenFiles:
         if len(tensor.runs) > 1:
             return self.read_rows(tensor, start, stop)[:, columns]
         run, size = tensor.runs[0], tensor.dtype.itemsize
+        end = run.offset + stop * tensor.row_elements * size
+        if (found := run.file.stat().st_size) < end:
+            raise _truncated(run.file, found, end - found)
         mapped = numpy.memmap(
             run.file, mode="r", shape=(stop - start, tensor.row_elements * size),
             offset=run.offset + start * tensor.row_elements * size,
@@ -128,11 +131,15 @@ class OpenFiles:
         while into:
             done = os.preadv(self._handle(file), [into], offset)
             if not done:
-                raise InputError(
-                    f"{file} ends at byte {offset:,}, {len(into):,} bytes too early: it is "
-                    "truncated; copy or download it again"
-                )
+                raise _truncated(file, offset, len(into))
             into, offset = into[done:], offset + done
+
+
+def _truncated(file: Path, size: int, missing: int) -> InputError:
+    return InputError(
+        f"{file} ends at byte {size:,}, {missing:,} bytes too early: it is truncated; copy or "
+        "download it again"
+    )
 
 
 def _overlaps(tensor: StoredTensor, start: int, stop: int) -> Iterator[tuple[Run, int, slice]]:
@@ -144,6 +151,18 @@ def _overlaps(tensor: StoredTensor, start: int, stop: int) -> Iterator[tuple[Run
         if low < high:
             where = slice((low - first) * size, (high - first) * size)
             yield run, run.offset + (low - run.start) * size, where
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal byte by byte: 0 is not -0, and a NaN is itself."""
+    return (
+        one.shape == other.shape
+        and one.dtype == other.dtype
+        and torch.equal(
+            one.contiguous().view(-1).view(torch.uint8),
+            other.contiguous().view(-1).view(torch.uint8),
+        )
+    )
 
 
 def bytes_of(values: Tensor) -> memoryview:

@@ -7,7 +7,9 @@ the tensors are then streamed into; torch documents both (`torch.serialization.s
 the manifest has a better one.
 """
 
-import pickle
+import errno
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from internlm_lib.errors import InputError
 from internlm_lib.weights.storage import Run, StoredTensor
+
+_FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def read_archive(file: Path, allowed: Sequence[Any] = (), start: int = 0, length: int = 0) -> Any:
@@ -36,19 +40,21 @@ def read_archive(file: Path, allowed: Sequence[Any] = (), start: int = 0, length
                 from torch.distributed.checkpoint.utils import _create_file_view
 
                 source = _create_file_view(stream, start, length)
-            loaded = torch.load(source, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error))
+            return _located(torch.load(source, map_location="meta", weights_only=True), file, start)
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged pickle raises cannot be foreseen
+        text = str(error)
+        if found := _FORBIDDEN.search(text):
+            raise InputError(
+                f"{file} is refused: it is no file of weights alone, and opening it could run "
+                f"code: it names {found[1]}"
+            ) from error
+        reason = (text.splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
-            f"{file} is refused: it is no file of weights alone, and opening it could run code: "
-            f"{reason.strip()[:300]}"
+            f"{file} cannot be read: {reason}; it is truncated, damaged, or was not written by "
+            "torch.save; copy or download it again"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise InputError(
-            f"{file} cannot be read: {str(error).splitlines()[0][:200]}; it is truncated, damaged, "
-            "or was not written by torch.save; copy or download it again"
-        ) from error
-    return _located(loaded, file, start)
 
 
 def create_archive(file: Path, tree: Any) -> Any:
@@ -62,11 +68,23 @@ def create_archive(file: Path, tree: Any) -> Any:
     with FakeTensorMode():
         fake = _mapped(tree, _is_specification, lambda spec: torch.empty(spec[0], dtype=spec[1]))
     with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(fake, file)
+        try:
+            torch.save(fake, file)
+        except RuntimeError as error:
+            _raise_why_not_written(file)
+            raise OSError(errno.EIO, str(error), str(file)) from error
     return read_archive(file)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, StoredTensor]:
+def _raise_why_not_written(file: Path) -> None:
+    """torch's writer hides the system's error: meet it again, with Python's."""
+    with file.open("ab") as stream:
+        stream.write(bytes(1 << 16))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def flatten(tree: Mapping[str, Any], file: Path, prefix: str = "") -> dict[str, StoredTensor]:
     """Nested dicts → dotted names of the tensors in them; everything else is left out.
 
     Raises InputError for a tensor whose elements do not lie in row-major order.
@@ -74,11 +92,13 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, StoredTensor
     found: dict[str, StoredTensor] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            found |= flatten(value, f"{prefix}{key}.")
+            found |= flatten(value, file, f"{prefix}{key}.")
         elif isinstance(value, StoredTensor):
             found[f"{prefix}{key}"] = value
         elif isinstance(value, Tensor) and value.numel() > 1:
-            raise InputError(f"{prefix}{key} is not contiguous; save it with .contiguous()")
+            raise InputError(
+                f"{file}: {prefix}{key} does not lie in row-major order; save it .contiguous()"
+            )
     return found
 
 
@@ -90,9 +110,14 @@ def _located(value: Any, file: Path, start: int) -> Any:
 
 def _stored(tensor: Tensor, file: Path, start: int) -> Any:
     """Where a tensor's bytes lie; a non-contiguous one stays what it is: nobody streams it."""
-    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if tensor.numel() == 0 or offset is None or not tensor.is_contiguous():
+    if tensor.numel() == 0 or not tensor.is_contiguous():
         return tensor
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None:
+        raise InputError(
+            f"{file} was written before torch 1.6, in a format that cannot be streamed; load and "
+            "save it with a newer torch"
+        )
     first = start + offset + tensor.storage_offset() * tensor.element_size()
     return StoredTensor(tuple(tensor.shape), tensor.dtype, (Run(0, tensor.numel(), file, first),))
 

@@ -9,7 +9,7 @@ layer as first dimension. Source: torch 2.13 `distributed/checkpoint`, megatron-
 import io
 import math
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from internlm_lib.errors import InputError
 from internlm_lib.experiment.schema import ModelSection
 from internlm_lib.files import atomic_path, write_json
-from internlm_lib.weights.checkpoint import Checkpoint, assemble, check_tensors
+from internlm_lib.weights.checkpoint import Checkpoint, LogicalTensor, assemble, check_tensors
 from internlm_lib.weights.layout import (
     LAYER,
     Piece,
@@ -49,6 +49,8 @@ from internlm_lib.weights.torch_archive import create_archive, read_archive
 _METADATA = ".metadata"
 _FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
            "common_backend": "torch", "common_backend_version": 1}  # fmt: skip
+_MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
+"""What the keys of weights begin with; beside them lie optimizer states."""
 _STATELESS = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1",
               "mlp.linear_fc2")  # fmt: skip
 """Modules for which megatron-core also saves an (empty) extra state per layer, and asks for it."""
@@ -67,10 +69,17 @@ def open_torch_dist(path: Path, model: ModelSection | None = None) -> Checkpoint
         InputError: listing everything in which it is not the model, or naming what is damaged.
     """
     metadata = read_metadata(path)
+    try:
+        return _opened(path, metadata, model)
+    except (TypeError, ValueError, IndexError, AttributeError, MemoryError, OverflowError) as error:
+        raise InputError(f"{path / _METADATA} is damaged: {error}; copy it again") from error
+
+
+def _opened(path: Path, metadata: Metadata, model: ModelSection | None) -> Checkpoint:
     entries: dict[str, TensorStorageMetadata] = {
         key: entry
         for key, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and not key.startswith("optimizer.")
+        if isinstance(entry, TensorStorageMetadata) and key.startswith(_MODEL_KEYS)
     }
     model = model or _preset(entries)
     table = _by_key(model)
@@ -86,7 +95,7 @@ def open_torch_dist(path: Path, model: ModelSection | None = None) -> Checkpoint
         for key, offsets, tensor in _chunks(path, metadata, entries)
     ]
     tensors = assemble(huggingface_shapes(model), stored)
-    _check_covered(path, tensors)
+    _check_whole(path, tensors, huggingface_shapes(model))
     files = {file for _, tensor in stored for file in tensor.files}
     return Checkpoint(path, "megatron", "distributed", model, tensors, files)
 
@@ -99,25 +108,31 @@ def read_metadata(path: Path) -> Metadata:
     """
     file = path / _METADATA
     try:
-        with file.open("rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
+        # From memory: a damaged length would make a file's read() reserve as much.
+        metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
         if not isinstance(metadata, Metadata) or not metadata.storage_data:
             raise ValueError("it is no Metadata")
+        for index, info in metadata.storage_data.items():
+            _check_place(path, index.fqn, info)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{file} is refused: it is not torch's metadata, and opening it could run code: {error}"
         ) from error
+    except InputError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(f"{file} is damaged: {error}; copy it again") from error
-    for index, info in metadata.storage_data.items():
-        target = path / info.relative_path
-        size = target.stat().st_size if target.is_file() else -1
-        if target.parent != path or size < info.offset + info.length:
-            raise InputError(
-                f"{target} is missing, or truncated: {index.fqn} lies up to byte "
-                f"{info.offset + info.length:,}, found are {max(0, size):,}; copy it again"
-            )
     return metadata
+
+
+def _check_place(path: Path, key: str, info: _StorageInfo) -> None:
+    target, end = path / info.relative_path, info.offset + info.length
+    size = target.stat().st_size if target.is_file() else 0
+    if target.parent != path or min(info.offset, info.length) < 0 or size < end:
+        raise InputError(
+            f"{target} is missing, or truncated: {key} lies up to byte {end:,}, found are "
+            f"{size:,}; copy it again"
+        )
 
 
 def plan_torch_dist(target: Target) -> list[PlannedFile]:
@@ -272,18 +287,11 @@ def _held(
     return PlannedTensor(rule.name, tensor.shape, tuple(held)), tensor
 
 
-def _check_covered(path: Path, tensors: Mapping[str, Any]) -> None:
+def _check_whole(path: Path, tensors: Mapping[str, LogicalTensor], names: Iterable[str]) -> None:
     """Raises InputError if chunks are missing in the metadata, or overlap."""
-    for tensor in tensors.values():
-        covered = 0
-        for part in tensor.parts:
-            if part.piece.role == "data":
-                rows = part.piece.rows.stop - part.piece.rows.start
-                covered += rows * part.stored.row_elements
-        if covered != torch.Size(tensor.shape).numel():
-            raise InputError(
-                f"{path / _METADATA}: its chunks do not make up the whole {tensor.name}"
-            )
+    for name in names:
+        if name not in tensors or not tensors[name].is_whole:
+            raise InputError(f"{path / _METADATA}: its chunks do not make up the whole {name}")
 
 
 def _preset(entries: Mapping[str, TensorStorageMetadata]) -> ModelSection:

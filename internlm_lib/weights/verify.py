@@ -5,8 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from internlm_lib.errors import InputError
 from internlm_lib.experiment.schema import ModelSection
 from internlm_lib.weights.checkpoint import Checkpoint
@@ -19,6 +17,7 @@ from internlm_lib.weights.manifest import (
     tensor_entry,
     tensor_hash,
 )
+from internlm_lib.weights.storage import same_bits
 
 
 def verify(
@@ -126,7 +125,7 @@ def _is_damaged(weights: Checkpoint, name: str, expected: str) -> bool:
     if _sha256(weights, name) != expected:
         return True
     return any(
-        not torch.equal(weights.read_stored(part), weights.read(name, part.piece.rows))
+        not same_bits(weights.read_stored(part), weights.read(name, part.piece.rows))
         for part in weights.tensors[name].parts
         if part.piece.role != "data"
     )

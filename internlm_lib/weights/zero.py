@@ -54,8 +54,7 @@ _DEEPSPEED_OBJECTS = [
 
 
 def is_deepspeed(path: Path) -> bool:
-    folder = _tag_folder(path)
-    return folder is not None and any(folder.glob("*mp_rank_*_model_states.pt"))
+    return (path / _LATEST).is_file() or any(path.glob("*mp_rank_*_model_states.pt"))
 
 
 def open_deepspeed(path: Path, model: ModelSection | None = None) -> Checkpoint:
@@ -126,9 +125,9 @@ def finish_deepspeed(folder: Path, files: Sequence[PlannedFile], target: Target)
 def _tag_folder(path: Path) -> Path | None:
     latest = path / _LATEST
     if not latest.is_file():
-        return path if any(path.glob("*mp_rank_*_model_states.pt")) else None
+        return path
     name = latest.read_text(errors="replace").strip()
-    return path / name if re.fullmatch(r"[\w.-]+", name) else None
+    return path / name if re.fullmatch(r"[A-Za-z0-9_][\w.-]{0,199}", name) else None
 
 
 def _by_rank(folder: Path, pattern: re.Pattern[str]) -> dict[int, list[Path]]:
@@ -144,7 +143,7 @@ def _module(file: Path) -> Rank:
     content = _read(file)
     if not isinstance(content.get("module"), dict):
         raise InputError(f"{file} has no 'module' with a rank's weights")
-    return canonical(flatten(content["module"]))
+    return canonical(flatten(content["module"], file))
 
 
 def _main_weights(states: Path, optimizers: Sequence[Path]) -> Rank:

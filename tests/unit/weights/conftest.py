@@ -4,7 +4,8 @@ Names, shapes and files are written out here, not taken from the package under t
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import resource
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,13 @@ def source32(tmp_path_factory: pytest.TempPathFactory, weights32: Tensors) -> Pa
 def source16(tmp_path_factory: pytest.TempPathFactory, weights16: Tensors) -> Path:
     """A Hugging Face folder of `weights16`; only to be read."""
     return write_source(tmp_path_factory.mktemp("source") / "fp16", small(), weights16)
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """4 GB more than now: what a damaged length asks for must not take all of the machine's."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (4 << 30), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -138,9 +138,16 @@ def read_rank(file: Path) -> Any:
 
 
 def canonical(rank: Rank) -> Rank:
-    """A rank's weights under the names of `layout`, whichever of their variants they have."""
-    named = {_canonical(name): tensor for name, tensor in rank.items()}
-    named = {name: tensor for name, tensor in named.items() if not name.endswith(_NO_WEIGHTS)}
+    """A rank's weights under the names of `layout`, whichever of their variants they have.
+
+    Raises InputError if two of them are the same tensor's.
+    """
+    named: Rank = {}
+    for theirs, tensor in rank.items():
+        if (name := _canonical(theirs)) in named:
+            raise InputError(f"{tensor.runs[0].file} has {name} twice, once as {theirs}")
+        if not name.endswith(_NO_WEIGHTS):
+            named[name] = tensor
     if any(".mlp.gate_proj." in name for name in named):
         return named
     # Megatron-LM's --swiglu keeps gate and up in dense_h_to_4h.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2 * 10**9
 _SAFETENSORS, _TORCH = "model.safetensors", "pytorch_model.bin"
 _INDEX = ".index.json"
+_NO_WEIGHT = "rotary_emb.inv_freq"
 _DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
 }  # fmt: skip
@@ -54,11 +55,13 @@ def open_huggingface(path: Path, model: ModelSection | None = None) -> Checkpoin
         )
     own = read_model(path / CONFIG)
     stored: dict[str, StoredTensor] = {}
-    files = _weight_files(path)
+    files, places = _weight_files(path)
     for file in files:
         found = _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file)
-        # InternLM's early checkpoints store the rotary frequencies, which are no weights.
-        stored |= {n: t for n, t in found.items() if not n.endswith("rotary_emb.inv_freq")}
+        for name, tensor in found.items():
+            # InternLM's early checkpoints store the rotary frequencies, which are no weights.
+            if places.get(name, file.name) == file.name and not name.endswith(_NO_WEIGHT):
+                stored[name] = tensor
     expected = huggingface_shapes(model or own)
     problems = differences(own, model) if model else ()
     check_tensors(path, expected, {name: tensor.shape for name, tensor in stored.items()}, problems)
@@ -161,20 +164,21 @@ def _planned(name: str, shape: tuple[int, ...]) -> PlannedTensor:
     return PlannedTensor(name, shape, (Piece(name, slice(0, shape[0]), slice(None), 0),))
 
 
-def _weight_files(path: Path) -> list[Path]:
-    """The files an index names, or the single one."""
+def _weight_files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files an index names, and which of them holds a tensor; or the single one."""
     for single in (_SAFETENSORS, _TORCH):
         index = path / (single + _INDEX)
         if index.is_file():
-            names = sorted(set(_weight_map(index).values()))
+            places = _weight_map(index)
+            names = sorted(set(places.values()))
             if absent := [name for name in names if not (path / name).is_file()]:
                 raise InputError(
                     f"{index} names {len(names)} files, of which are missing: {', '.join(absent)}; "
                     "copy or download them"
                 )
-            return [path / name for name in names]
+            return [path / name for name in names], places
         if (path / single).is_file():
-            return [path / single]
+            return [path / single], {}
     raise InputError(
         f"{path}: {_SAFETENSORS} is missing; give a Hugging Face folder with {_SAFETENSORS} or "
         f"{_TORCH}, or their .index.json and its files"

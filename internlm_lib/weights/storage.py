@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -79,15 +78,14 @@ class OpenFiles:
         if len(tensor.runs) > 1:
             return self.read_rows(tensor, start, stop)[:, columns]
         run, size = tensor.runs[0], tensor.dtype.itemsize
-        end = run.offset + stop * tensor.row_elements * size
-        if (found := run.file.stat().st_size) < end:
-            raise _truncated(run.file, found, end - found)
-        mapped = numpy.memmap(
-            run.file, mode="r", shape=(stop - start, tensor.row_elements * size),
-            offset=run.offset + start * tensor.row_elements * size,
-        )  # fmt: skip
-        part = numpy.array(mapped[:, columns.start * size : columns.stop * size])
-        return torch.from_numpy(part).view(tensor.dtype)
+        values = torch.empty((stop - start, columns.stop - columns.start), dtype=tensor.dtype)
+        into, width = bytes_of(values), (columns.stop - columns.start) * size
+        stride = tensor.row_elements * size
+        first = run.offset + start * stride + columns.start * size
+        for row in range(stop - start):
+            part = into[row * width : (row + 1) * width]
+            self._read_exactly(run.file, part, first + row * stride)
+        return values
 
     def write_rows(self, tensor: StoredTensor, start: int, values: Tensor) -> None:
         """Write rows from `start` on; their dtype must be the stored tensor's."""
@@ -131,15 +129,11 @@ class OpenFiles:
         while into:
             done = os.preadv(self._handle(file), [into], offset)
             if not done:
-                raise _truncated(file, offset, len(into))
+                raise InputError(
+                    f"{file} ends at byte {offset:,}, {len(into):,} bytes too early: it is "
+                    "truncated; copy or download it again"
+                )
             into, offset = into[done:], offset + done
-
-
-def _truncated(file: Path, size: int, missing: int) -> InputError:
-    return InputError(
-        f"{file} ends at byte {size:,}, {missing:,} bytes too early: it is truncated; copy or "
-        "download it again"
-    )
 
 
 def _overlaps(tensor: StoredTensor, start: int, stop: int) -> Iterator[tuple[Run, int, slice]]:

@@ -187,8 +187,18 @@ def finish_torch_dist(folder: Path, files: Sequence[PlannedFile], target: Target
     write_json(folder / "metadata.json", _FORMAT)
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of torch's and megatron-core's checkpoint metadata, and no others."""
+class _MetadataUnpickler(pickle._Unpickler):
+    """Knows the classes of torch's and megatron-core's checkpoint metadata, and no others.
+
+    Python's own unpickler: in the one written in C, one flipped bit of a memo's index or of a
+    length reserves gigabytes before anything is read.
+    """
+
+    dispatch = {
+        opcode: load
+        for opcode, load in pickle._Unpickler.dispatch.items()
+        if opcode != pickle.BYTEARRAY8[0]
+    }
 
     _DCP = "torch.distributed.checkpoint"
     _KNOWN = {

@@ -27,8 +27,8 @@ def verify(
 
     Returns:
         `ok`, `problems` (one text each), `damaged_tensors`, `format`, `layout`, `dtype`, `tensors`,
-        `bytes`, `tensor_hash` (None where the weights cannot be read), `manifest` (whether there is
-        one).
+        `bytes`, `tensor_hash` (of what lies there now; None where the weights cannot be read),
+        `manifest` (whether there is one).
     Raises:
         InputError: if the manifest is damaged, or, without one, the checkpoint cannot be read.
     """
@@ -54,13 +54,13 @@ def verify(
             "manifest": True,
         }
     with weights:
-        damaged = [
-            name
-            for name, tensor in weights.tensors.items()
-            if any(part.stored.files & suspects for part in tensor.parts)
-            and _is_damaged(weights, name, manifest["tensors"][name]["sha256"])
-        ]
-        entries = manifest["tensors"]
+        entries, damaged = manifest["tensors"], []
+        for name, tensor in weights.tensors.items():
+            if any(part.stored.files & suspects for part in tensor.parts):
+                found = _sha256(weights, name)
+                if found != entries[name]["sha256"] or _copies_differ(weights, name):
+                    damaged.append(name)
+                entries[name]["sha256"] = found
         report = _report(weights, entries, manifest=True)
     if suspects and not damaged:
         problems.append("the damage lies outside of the tensors' own bytes")
@@ -120,10 +120,8 @@ def _file_problems(
     return problems, suspects
 
 
-def _is_damaged(weights: Checkpoint, name: str, expected: str) -> bool:
-    """Whether a tensor, or one of its copies and paddings on other ranks, is not as written."""
-    if _sha256(weights, name) != expected:
-        return True
+def _copies_differ(weights: Checkpoint, name: str) -> bool:
+    """Whether copies or paddings of a tensor on other ranks are not what it is itself."""
     return any(
         not same_bits(weights.read_stored(part), weights.read(name, part.piece.rows))
         for part in weights.tensors[name].parts

@@ -340,6 +340,19 @@ def test_an_index_that_names_no_file_is_refused(folder: Path) -> None:
         assert str(folder / INDEX) in refused(folder)
 
 
+def test_of_two_shards_with_one_tensor_that_which_the_index_names_is_read(
+    folder: Path, weights16: Tensors
+) -> None:
+    whole, name = load_file(folder / "model.safetensors"), "model.norm.weight"
+    (folder / "model.safetensors").unlink()
+    save_file(whole, folder / "a.safetensors")
+    save_file({name: whole[name] + 1}, folder / "b.safetensors")
+    places = {**dict.fromkeys(whole, "a.safetensors"), "stale": "b.safetensors"}
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_equal(read_all(folder), weights16)
+
+
 @pytest.mark.parametrize(
     "header",
     [b"", b"\xff" * 8, b"\x00" * 8, (10**9).to_bytes(8, "little") + b"{}",
@@ -421,6 +434,15 @@ def test_a_name_that_only_looks_like_gpt_models_is_unexpected(classic: Path) -> 
     change(classic / RANK_FILE.format(0), edit)
     message = refused(classic)
     assert "unexpected" in message and "linear_extra" in message
+
+
+def test_two_spellings_of_one_tensor_in_a_rank_are_refused(classic: Path) -> None:
+    def both(content: Any) -> None:
+        other = content["model"]["language_model"]["output_layer"]["weight"] + 1
+        content["model"]["lm_head.lm_head.weight"] = other
+
+    change(classic / RANK_FILE.format(0), both)
+    assert "output_layer.weight twice" in refused(classic)
 
 
 def test_a_missing_or_truncated_chunk_file_is_named(megatron: Path) -> None:
@@ -514,13 +536,14 @@ def escapes(file: Path, place: range, number: int, act: Callable[[], object]) ->
         try:
             act()
         except Exception as error:
-            if not isinstance(error, InputError):
-                found[type(error).__name__] = f"byte, bit {where}: {str(error)[:100]}"
+            cause = error.__cause__ if isinstance(error, InputError) else error
+            if not isinstance(error, InputError) or isinstance(cause, MemoryError):
+                found[type(cause).__name__] = f"byte, bit {where}: {str(cause)[:100]}"
         file.write_bytes(intact)
     return found
 
 
-def test_no_flipped_bit_of_the_metadata_escapes_as_another_error(
+def test_no_flipped_bit_of_the_metadata_escapes_as_another_error_or_takes_all_memory(
     megatron: Path, little_memory: None
 ) -> None:
     file = megatron / ".metadata"

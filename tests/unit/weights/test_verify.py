@@ -139,6 +139,15 @@ def test_a_flipped_byte_anywhere_is_found_and_its_tensor_named(
     assert verify(folder)["ok"]
 
 
+def test_damaged_weights_have_another_hash_than_intact_ones(folder: Path) -> None:
+    intact = verify(folder)["tensor_hash"]
+    _, role, file, start, _ = next(row for row in places(folder) if row[1] == "data")
+    flip(file, start, 1)
+    assert verify(folder)["tensor_hash"] != intact
+    flip(file, start, 1)
+    assert verify(folder)["tensor_hash"] == intact
+
+
 @pytest.mark.parametrize("role", ["data", "copy", "padding"])
 def test_a_flipped_byte_in_data_copy_or_padding_names_that_tensor(
     role: str, intact: dict[str, Path], tmp_path: Path

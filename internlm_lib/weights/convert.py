@@ -239,6 +239,7 @@ class _Work:
             _check_space(plan, self._folder)
             for file in plan.files:
                 kind.create(self._folder, file, plan.target)
+            sync(self._folder)  # a note that a tensor is done must not outlive its file
         with open_for_writing(self._folder, plan.order.to, plan.files, plan.target) as target:
             hashes = {**done, **self._copy(target, done, progress)}
             entries = {name: tensor_entry(target, name, hashes[name]) for name in sorted(hashes)}

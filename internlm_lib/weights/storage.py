@@ -74,16 +74,17 @@ class OpenFiles:
             self._read_exactly(run.file, into[where], offset)
 
     def read_columns(self, tensor: StoredTensor, start: int, stop: int, columns: slice) -> Tensor:
-        """Some columns of rows [start, stop): nothing else is copied."""
-        if len(tensor.runs) > 1:
+        """Some columns of rows [start, stop); of a tensor in one run, nothing else is read."""
+        width = columns.stop - columns.start
+        if len(tensor.runs) > 1 or width == tensor.row_elements:
             return self.read_rows(tensor, start, stop)[:, columns]
         run, size = tensor.runs[0], tensor.dtype.itemsize
-        values = torch.empty((stop - start, columns.stop - columns.start), dtype=tensor.dtype)
-        into, width = bytes_of(values), (columns.stop - columns.start) * size
         stride = tensor.row_elements * size
         first = run.offset + start * stride + columns.start * size
+        values = torch.empty((stop - start, width), dtype=tensor.dtype)
+        into = bytes_of(values)
         for row in range(stop - start):
-            part = into[row * width : (row + 1) * width]
+            part = into[row * width * size : (row + 1) * width * size]
             self._read_exactly(run.file, part, first + row * stride)
         return values
 

@@ -25,6 +25,7 @@ from internlm_lib.weights.checkpoint import Checkpoint
 from internlm_lib.weights.convert import Order, convert, plan_conversion
 from internlm_lib.weights.formats import FORMATS, open_checkpoint
 from internlm_lib.weights.verify import verify
+from tests.conftest import heed_interrupts
 from tests.unit.weights.conftest import drawn, small, write_source
 
 SECONDS_TO_START = 120.0
@@ -211,7 +212,7 @@ def start(repository: Path, source: Path, tmp_path: Path) -> Iterator[Start]:
                 "linger": linger}  # fmt: skip
         process = subprocess.Popen(
             command(convert_slowly, told), cwd=repository, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
+            stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
         )  # fmt: skip
         started.append(Told(target, process))
         return started[-1]

@@ -14,6 +14,7 @@ import pytest
 from internlm_lib.experiment.schema import Layout
 from internlm_lib.journal import events
 from internlm_lib.run_folder import RunFolder
+from tests.conftest import heed_interrupts
 from tests.parity.make_run import make_run
 
 SECONDS_TO_DIE = 15.0
@@ -41,6 +42,7 @@ def papermill(run: RunFolder, repository: Path) -> Iterator["subprocess.Popen[by
         env={**os.environ, "INTERNLM_HOME": str(run.root), MARK: str(run.root)},
         cwd=run.root,
         start_new_session=True,
+        preexec_fn=heed_interrupts,
     )  # fmt: skip
     deadline = time.monotonic() + SECONDS_TO_START
     while not events(run.training("candidate").journal, "step"):

@@ -38,6 +38,8 @@ def work(folder, how, *more):
         return
     if rank == 0:
         time.sleep(120)  # as in a collective that waits for the rank that failed
+    while not (folder.path / "seen0.json").exists():
+        time.sleep(0.05)  # torchrun would end rank 0 before it has a log
     if how == "refuse":
         raise InputError("data.train_path = 'x': no such file")
     if how == "break":
@@ -255,6 +257,7 @@ def test_a_rank_leaves_its_message_and_ends_with_a_code(
 ) -> None:
     folder = RunFolder.of("run", tmp_path)
     folder.path.mkdir(parents=True)
+    (folder.path / "seen0.json").touch()
     assert run_rank(rank_module, folder, 1, how) == code
     found = folder.path / "rank1.error"
     assert (found.read_text() if found.exists() else None) == error

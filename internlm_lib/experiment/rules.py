@@ -74,12 +74,11 @@ def _layout_divides_model(e: Experiment) -> Iterator[str]:
     for key, layout in _layouts(e):
         tensor = (f"{key}.tensor_model_parallel_size", layout.tensor_model_parallel_size)
         pipeline = (f"{key}.pipeline_model_parallel_size", layout.pipeline_model_parallel_size)
+        if layout.virtual_pipeline_model_parallel_size:
+            pipeline = (f"{pipeline[0]} × virtual_pipeline_model_parallel_size", layout.num_chunks)
         yield from _must_divide("model.num_attention_heads", e.model.num_attention_heads, *tensor)
         yield from _must_divide("model.ffn_hidden_size", e.model.ffn_hidden_size, *tensor)
         yield from _must_divide("model.num_layers", e.model.num_layers, *pipeline)
-        if layout.virtual_pipeline_model_parallel_size:
-            chunks = (f"{pipeline[0]} × virtual_pipeline_model_parallel_size", layout.model_chunks)
-            yield from _must_divide("model.num_layers", e.model.num_layers, *chunks)
 
 
 @_rule("parallel.candidate", "parallel.reference", "training.seq_length")
@@ -122,10 +121,10 @@ def _interleaved(e: Experiment) -> Iterator[str]:
         if chunks is None:
             continue
         found = f"{key}.virtual_pipeline_model_parallel_size = {chunks}"
-        if chunks == 1:
-            yield f"{found} interleaves nothing; use 2 or more chunks per stage, or null"
         if layout.engine == "deepspeed":
             yield f"{found} with engine deepspeed, which has no pipeline stages; set it to null"
+        elif chunks == 1:
+            yield f"{found} interleaves nothing; use 2 or more chunks per stage, or null"
         elif layout.pipeline_model_parallel_size == 1:
             yield (
                 f"{found} needs {key}.pipeline_model_parallel_size above 1 (it interleaves the "

@@ -105,7 +105,7 @@ class Layout(Section):
         )
 
     @property
-    def model_chunks(self) -> int:
+    def num_chunks(self) -> int:
         """Parts of the model, of equal numbers of layers, over all pipeline stages."""
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
 

@@ -57,6 +57,11 @@ class RunFolder:
         return self.root / "reports" / self.name
 
     @property
+    def parity(self) -> Path:
+        """What `benchmarks/parity.py` measured last, of layouts and of no run."""
+        return self.root / "reports" / "parity.json"
+
+    @property
     def experiment(self) -> Path:
         return self.path / "experiment.yaml"
 

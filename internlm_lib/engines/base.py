@@ -31,10 +31,11 @@ class Engine(Protocol):
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         """Mean loss in nats per token, without an update. Collective."""
 
-    def whole_weights(self) -> AbstractContextManager[GPTModel]:
+    def whole_weights(self) -> AbstractContextManager[list[GPTModel]]:
         """This rank's part of the model with every parameter in its full shape, to be saved.
 
-        Collective, as is the end of the block.
+        One GPTModel, or the chunks of an interleaved layout. Collective, as is the end of the
+        block.
         """
 
 

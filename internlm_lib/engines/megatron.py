@@ -1,4 +1,5 @@
-"""megatron-core as an engine: TP, PP (1F1B), sequence parallelism, DP with a distributed optimizer.
+"""megatron-core as an engine: TP, PP (1F1B, interleaved), sequence parallelism, DP with a
+distributed optimizer.
 
 Import only after `Device.adapt_megatron()`.
 """
@@ -6,6 +7,7 @@ Import only after `Device.adapt_megatron()`.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
@@ -29,32 +31,33 @@ from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSec
 class MegatronEngine:
     def __init__(
         self,
-        gpt: GPTModel,
+        chunks: list[GPTModel],
         layout: Layout,
         training: TrainingSection,
         optimizer: OptimizerSection,
     ) -> None:
         self._training = training
         self._optimizer_section = optimizer
-        self._gpt = gpt
-        module = Float16Module(gpt.config, gpt) if training.precision == "bf16" else gpt
-        self._model = DistributedDataParallel(
-            config=gpt.config,
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=layout.use_distributed_optimizer,
-            ),
-            module=module,
-        )
+        self._chunks = chunks
+        self._overlaps_gather = layout.overlap_param_gather
+        self._model = [
+            _data_parallel(chunk, layout, training, first=number == 0)
+            for number, chunk in enumerate(chunks)
+        ]
         self._optimizer = get_megatron_optimizer(
-            _optimizer_config(layout, training, optimizer), [self._model]
+            _optimizer_config(layout, training, optimizer), self._model
         )
-        gpt.config.finalize_model_grads_func = finalize_model_grads
-        gpt.config.grad_scale_func = self._optimizer.scale_loss
-        gpt.config.no_sync_func = self._model.no_sync
+        # The schedules read the first chunk's configuration alone.
+        config = chunks[0].config
+        config.finalize_model_grads_func = finalize_model_grads
+        config.grad_scale_func = self._optimizer.scale_loss
+        config.no_sync_func = [chunk.no_sync for chunk in self._model]
+        if len(chunks) == 1:
+            (config.no_sync_func,) = config.no_sync_func
 
     def train_step(self, batches: Iterator[Batch], num_micro_batches: int, lr: float) -> StepResult:
-        self._model.zero_grad_buffer()
+        for chunk in self._model:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -65,29 +68,61 @@ class MegatronEngine:
         return StepResult(loss, float(grad_norm))
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
-        self._model.eval()
-        loss = self._forward_backward(batches, num_micro_batches, forward_only=True)
-        self._model.train()
+        with self._parameters_gathered():
+            for chunk in self._model:
+                chunk.eval()
+            loss = self._forward_backward(batches, num_micro_batches, forward_only=True)
+            for chunk in self._model:
+                chunk.train()
         return loss
 
     @contextmanager
-    def whole_weights(self) -> Iterator[GPTModel]:
-        yield self._gpt
+    def whole_weights(self) -> Iterator[list[GPTModel]]:
+        with self._parameters_gathered():
+            yield self._chunks
+
+    @contextmanager
+    def _parameters_gathered(self) -> Iterator[None]:
+        """For the block, parameters are up to date; between steps of an overlapped gather only the
+        next step's forward pass would make them so."""
+        for chunk in self._model if self._overlaps_gather else []:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        yield
+        for chunk in self._model if self._overlaps_gather else []:
+            chunk.enable_forward_pre_hook()
 
     def _forward_backward(
         self, batches: Iterator[Batch], num_micro_batches: int, *, forward_only: bool
     ) -> float:
         reports: list[dict[str, Tensor]] = get_forward_backward_func()(
             forward_step_func=_forward_step,
-            data_iterator=batches,
-            model=[self._model],
+            data_iterator=list(tee(batches, len(self._model))),  # every chunk asks for all of them
+            model=self._model,
             num_microbatches=num_micro_batches,
             seq_length=self._training.seq_length,
             micro_batch_size=self._training.micro_batch_size,
             forward_only=forward_only,
         )
         losses = [report["loss"] for report in reports]
-        return _mean_over_job(losses, next(self._gpt.parameters()).device)
+        return _mean_over_job(losses, next(self._chunks[0].parameters()).device)
+
+
+def _data_parallel(
+    chunk: GPTModel, layout: Layout, training: TrainingSection, *, first: bool
+) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        config=chunk.config,
+        # One per chunk: megatron writes the bucket size it chooses into it.
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=layout.use_distributed_optimizer,
+            overlap_grad_reduce=layout.overlap_grad_reduce,
+            overlap_param_gather=layout.overlap_param_gather,
+        ),
+        module=Float16Module(chunk.config, chunk) if training.precision == "bf16" else chunk,
+        # Of later chunks communication is hidden as a whole, as Megatron-LM has it.
+        disable_bucketing=not first,
+    )
 
 
 def _optimizer_config(
@@ -105,6 +140,7 @@ def _optimizer_config(
         bf16=training.precision == "bf16",
         params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
         use_distributed_optimizer=layout.use_distributed_optimizer,
+        overlap_param_gather=layout.overlap_param_gather,
     )
 
 

@@ -60,12 +60,12 @@ class ZeroEngine:
         return _mean_over_job(losses)
 
     @contextmanager
-    def whole_weights(self) -> Iterator[GPTModel]:
+    def whole_weights(self) -> Iterator[list[GPTModel]]:
         import deepspeed
 
         partitioned = list(self._gpt.parameters()) if self._stage == 3 else []
         with deepspeed.zero.GatheredParameters(partitioned):
-            yield self._gpt
+            yield [self._gpt]
 
     def _loss(self, batch: Batch) -> Tensor:
         losses = self._engine(batch.tokens, batch.position_ids, None, labels=batch.labels)

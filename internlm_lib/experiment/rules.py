@@ -74,6 +74,8 @@ def _layout_divides_model(e: Experiment) -> Iterator[str]:
     for key, layout in _layouts(e):
         tensor = (f"{key}.tensor_model_parallel_size", layout.tensor_model_parallel_size)
         pipeline = (f"{key}.pipeline_model_parallel_size", layout.pipeline_model_parallel_size)
+        if layout.virtual_pipeline_model_parallel_size:
+            pipeline = (f"{pipeline[0]} × virtual_pipeline_model_parallel_size", layout.num_chunks)
         yield from _must_divide("model.num_attention_heads", e.model.num_attention_heads, *tensor)
         yield from _must_divide("model.ffn_hidden_size", e.model.ffn_hidden_size, *tensor)
         yield from _must_divide("model.num_layers", e.model.num_layers, *pipeline)
@@ -110,6 +112,60 @@ def _engine_options(e: Experiment) -> Iterator[str]:
                 f"{key}.pipeline_model_parallel_size = {layout.pipeline_model_parallel_size} with "
                 "engine deepspeed; only engine megatron has pipeline stages: use 1 or megatron"
             )
+
+
+@_rule("parallel.candidate", "parallel.reference")
+def _interleaved(e: Experiment) -> Iterator[str]:
+    for key, layout in _layouts(e):
+        chunks = layout.virtual_pipeline_model_parallel_size
+        if chunks is None:
+            continue
+        found = f"{key}.virtual_pipeline_model_parallel_size = {chunks}"
+        if layout.engine == "deepspeed":
+            yield f"{found} with engine deepspeed, which has no pipeline stages; set it to null"
+        elif chunks == 1:
+            yield f"{found} interleaves nothing; use 2 or more chunks per stage, or null"
+        elif layout.pipeline_model_parallel_size == 1:
+            yield (
+                f"{found} needs {key}.pipeline_model_parallel_size above 1 (it interleaves the "
+                "chunks of pipeline stages); raise it, or set the first to null"
+            )
+
+
+@_rule("parallel.candidate", "parallel.reference", "training.micro_batch_size",
+       "training.global_batch_size")  # fmt: skip
+def _interleaved_micro_batches(e: Experiment) -> Iterator[str]:
+    for key, layout in _layouts(e):
+        stages = layout.pipeline_model_parallel_size
+        count = e.training.num_micro_batches(layout)
+        if layout.virtual_pipeline_model_parallel_size and count % stages:
+            step = e.training.micro_batch_size * layout.data_parallel_size * stages
+            yield (
+                f"{key}.virtual_pipeline_model_parallel_size: a step has {count} micro-batches per "
+                f"data parallel rank, no multiple of {key}.pipeline_model_parallel_size = {stages}, "
+                "which the interleaved schedule takes them by; make training.global_batch_size a "
+                f"multiple of {step}"
+            )
+
+
+@_rule("parallel.candidate", "parallel.reference")
+def _overlaps(e: Experiment) -> Iterator[str]:
+    for key, layout in _layouts(e):
+        chosen = [
+            name for name in ("overlap_grad_reduce", "overlap_param_gather")
+            if getattr(layout, name)
+        ]  # fmt: skip
+        if layout.engine == "deepspeed":
+            for name in chosen:
+                yield f"{key}.{name} = true belongs to engine megatron; set it to false"
+        elif layout.overlap_param_gather:
+            for name in ("use_distributed_optimizer", "overlap_grad_reduce"):
+                if not getattr(layout, name):
+                    yield (
+                        f"{key}.overlap_param_gather = true needs {key}.{name} = true (parameters "
+                        "are gathered in the distributed optimizer's buckets); set it, or drop "
+                        "overlap_param_gather"
+                    )
 
 
 @_rule("parallel.candidate", "parallel.reference", "training.micro_batch_size",

@@ -80,10 +80,18 @@ class Layout(Section):
     engine: Literal["megatron", "deepspeed"] = "megatron"
     tensor_model_parallel_size: Count = 1
     pipeline_model_parallel_size: Count = 1
+    virtual_pipeline_model_parallel_size: Count | None = None
+    """Chunks of layers per pipeline stage, 2 or more, whose work interleaves (engine megatron);
+    null: one chunk, plain 1F1B."""
     data_parallel_size: Count = 1
     sequence_parallel: Flag = False
     use_distributed_optimizer: Flag = True
     """Shard optimizer states over data parallel ranks (engine megatron; deepspeed: zero_stage)."""
+    overlap_grad_reduce: Flag = False
+    """Reduce gradients bucket by bucket while the backward pass goes on (engine megatron)."""
+    overlap_param_gather: Flag = False
+    """Gather updated parameters while the next forward pass goes on (engine megatron; needs
+    use_distributed_optimizer and overlap_grad_reduce)."""
     zero_stage: Annotated[Integer, Field(ge=0, le=3)] = 0
     """ZeRO stage (engine deepspeed: 1, 2 or 3; engine megatron: 0)."""
 
@@ -97,14 +105,21 @@ class Layout(Section):
         )
 
     @property
+    def num_chunks(self) -> int:
+        """Parts of the model, of equal numbers of layers, over all pipeline stages."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    @property
     def label(self) -> str:
         """Short name used in tags, tables and legends, e.g. `megatron TP2 PP1 DP1 SP`."""
         parts = [
             self.engine,
             f"TP{self.tensor_model_parallel_size}",
             f"PP{self.pipeline_model_parallel_size}",
-            f"DP{self.data_parallel_size}",
         ]
+        if self.virtual_pipeline_model_parallel_size:
+            parts.append(f"VPP{self.virtual_pipeline_model_parallel_size}")
+        parts.append(f"DP{self.data_parallel_size}")
         if self.sequence_parallel:
             parts.append("SP")
         if self.zero_stage:

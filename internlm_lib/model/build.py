@@ -24,10 +24,12 @@ def build_gpt_model(
     device: Device,
     *,
     recompute_num_layers: int = 0,
+    vp_stage: int | None = None,
 ) -> GPTModel:
     """This rank's layers on its device, weights undefined until some are loaded.
 
     Args:
+        vp_stage: of an interleaved layout, which of the stage's chunks (see `build_chunks`).
         recompute_num_layers: layers of this stage whose activations are recomputed (with
             `auto_recompute_device_size`); `training.recompute_granularity` concerns all layers.
     """
@@ -42,14 +44,38 @@ def build_gpt_model(
         transformer_layer_spec=_block_spec(config, spec, training.use_fused_rmsnorm),
         vocab_size=padded_vocab_size(model, layout.tensor_model_parallel_size),
         max_sequence_length=model.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(
+            ignore_virtual=False, vp_stage=vp_stage
+        ),
+        post_process=parallel_state.is_pipeline_last_stage(
+            ignore_virtual=False, vp_stage=vp_stage
+        ),
         parallel_output=True,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
     )
     return gpt.to(device=device.current(), dtype=DTYPES[training.precision])
+
+
+def build_chunks(
+    model: ModelSection,
+    layout: Layout,
+    training: TrainingSection,
+    device: Device,
+    *,
+    recompute_num_layers: int = 0,
+) -> list[GPTModel]:
+    """This rank's part of a model to train: one GPTModel, or one per interleaved chunk."""
+    chunks = layout.virtual_pipeline_model_parallel_size
+    return [
+        build_gpt_model(
+            model, layout, training, device,
+            recompute_num_layers=recompute_num_layers, vp_stage=vp_stage,
+        )
+        for vp_stage in (range(chunks) if chunks else [None])
+    ]  # fmt: skip
 
 
 def transformer_config(
@@ -61,6 +87,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron-core's configuration of an InternLM; its fusions that need CUDA or Apex are off."""
     full = training.recompute_granularity == "full"
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -81,6 +108,7 @@ def transformer_config(
         use_cpu_initialization=device.name == "cpu",
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         bf16=training.precision == "bf16",
         params_dtype=DTYPES[training.precision],
@@ -94,7 +122,10 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         # Pipeline neighbours exchange tensors one by one: gloo has no batched device-side order.
-        batch_p2p_comm=device.name != "cpu",
+        batch_p2p_comm=device.name != "cpu" and not interleaved,
+        # Of two stages each is before and behind the other: only exchanges that go one way at a
+        # time cannot be taken for one another. More stages gain from it, too.
+        overlap_p2p_comm=interleaved,
     )
 
 
@@ -107,5 +138,6 @@ def _block_spec(
     config: TransformerConfig, spec: object, use_fused_rmsnorm: bool
 ) -> TransformerBlockSubmodules:
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    layers = [spec] * (config.num_layers // stages)
+    chunks = config.virtual_pipeline_model_parallel_size or 1
+    layers = [spec] * (config.num_layers // (stages * chunks))
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_spec(use_fused_rmsnorm))

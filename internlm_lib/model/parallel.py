@@ -15,16 +15,26 @@ def initialize_parallel(
 ) -> None:
     """Join the job that torchrun started and split it as `layout` says.
 
-    Reads torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR …). Seeds the tensor parallel random
-    number generators.
+    Reads torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR …).
     """
     device.bind(int(os.environ.get("LOCAL_RANK", 0)))
     if device.name == "cpu":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group(device.backend, timeout=timedelta(minutes=timeout_minutes))
+    split_ranks(layout, timeout_minutes=timeout_minutes, seed=seed)
+
+
+def split_ranks(layout: Layout, *, timeout_minutes: float = 30.0, seed: int = 1234) -> None:
+    """Split the ranks of a job that was joined, anew if they were split; every rank calls it.
+
+    Seeds the tensor parallel random number generators.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         layout.tensor_model_parallel_size,
         layout.pipeline_model_parallel_size,
+        layout.virtual_pipeline_model_parallel_size,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from internlm_lib import provenance
 from internlm_lib.errors import MissingStageError, VerdictError
+from internlm_lib.files import read_json
 from internlm_lib.reporting.loss import (
     LoggedTraining,
     LossComparison,
@@ -48,6 +50,16 @@ class Trainings:
             }
             for training in self.roles.values()
         ]
+
+
+@dataclass(frozen=True)
+class LayoutParity:
+    """How far every layout is from one rank, as `benchmarks/parity.py` measured it here."""
+
+    rows: list[dict[str, Any]]
+    """One table row per layout; a single row saying how to measure if that was not done."""
+    origin: str
+    """What was compared, by which commit and on what; empty if it was not measured."""
 
 
 def load_trainings(stage: Stage) -> Trainings:
@@ -125,6 +137,39 @@ def draw_throughput(stage: Stage, rows: list[dict[str, Any]]) -> Path:
     return stage.figure("throughput", throughput_figure(rows))
 
 
+def layout_parity(stage: Stage) -> LayoutParity:
+    """What was last measured of the layouts, in any run; writes it as `tables/parity.csv`."""
+    if not stage.folder.parity.exists():
+        todo = {"layouts": "not measured here", "to measure": "python benchmarks/parity.py"}
+        return LayoutParity([todo], "")
+    found = read_json(stage.folder.parity)
+    rows = [
+        {
+            "layout": row["layout"],
+            "ranks": row["ranks"],
+            **{key: row[f"max_relative_{key}_difference"] for key in found["limits"]},
+            "within_limits": "yes" if all(row["within"].values()) else "no",
+        }
+        for row in found["layouts"]
+    ]
+    stage.table("parity", rows)
+    return LayoutParity(rows, _parity_origin(found))
+
+
+def _parity_origin(found: Mapping[str, Any]) -> str:
+    made, recipe = found["made_with"], found["recipe"]
+    limits = ", ".join(f"{key.replace('_', ' ')} {v:g}" for key, v in found["limits"].items())
+    dirty = " with changes" if made["git_dirty"] is True else ""
+    now = provenance.git_state(Path(__file__).resolve().parents[2])["git_commit"]
+    return (
+        f"Largest relative difference from {found['reference']} over "
+        f"{recipe['training.train_iters']} steps in {recipe['training.precision']}; limits: "
+        f"{limits}. Loss {found['first_loss']:.3f} → {found['last_loss']:.3f}. Measured by commit "
+        f"{made['git_commit'][:12]}{dirty} (this is {now[:12]}) on {made['cpu_model']}, torch "
+        f"{made['torch']}, megatron-core {made['megatron-core']}, deepspeed {made['deepspeed']}."
+    )
+
+
 def summarize(comparison: LossComparison | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The stage's result; statistics are None where there are none."""
     result: dict[str, Any] = {
@@ -175,6 +220,7 @@ def run(stage: Stage) -> dict[str, Any]:
     draw_loss(stage, trainings, comparison)
     rows = compare_throughput(stage, trainings)
     draw_throughput(stage, rows)
+    layout_parity(stage)
     return summarize(comparison, rows)
 
 

@@ -25,6 +25,8 @@ class Reads:
     """Sections or dotted keys. What an earlier stage of `stages` reads need not be repeated."""
     stages: tuple[str, ...] = ()
     """Earlier stages whose output is read."""
+    parity: bool = False
+    """Whether the measured parity of layouts is read."""
 
 
 READS: dict[str, Reads] = {
@@ -37,7 +39,9 @@ READS: dict[str, Reads] = {
         ("parallel.device", "parallel.candidate", "parallel.reference", "training", "optimizer"),
         ("01_prepare", "02_convert"),
     ),
-    "04_compare": Reads(("parallel.reference_run", "evaluation.loss_tolerance"), ("03_train",)),
+    "04_compare": Reads(
+        ("parallel.reference_run", "evaluation.loss_tolerance"), ("03_train",), parity=True
+    ),
     "05_infer": Reads(("generation",), ("03_train",)),
     "06_evaluate": Reads(
         (
@@ -104,6 +108,8 @@ def _files(reads: Reads, values: dict[str, Any], folder: RunFolder) -> Iterator[
             yield folder.root / named
     if "parallel.reference_run" in reads.keys and (run := values["parallel"]["reference_run"]):
         yield RunFolder.of(run, folder.root).training("candidate").journal
+    if reads.parity:
+        yield folder.parity
 
 
 def _fingerprint(path: Path) -> list[list[Any]]:

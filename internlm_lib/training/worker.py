@@ -39,7 +39,7 @@ def _train(
     from megatron.core import parallel_state
 
     from internlm_lib.data.batches import BatchStream, build_datasets, data_order_sha256
-    from internlm_lib.model.build import build_gpt_model
+    from internlm_lib.model.build import build_chunks
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
     from internlm_lib.training.loop import Throughput, train
     from internlm_lib.weights.megatron import load_weights, save_weights
@@ -53,14 +53,14 @@ def _train(
         folder.corpus_prefix, experiment.data, training, experiment.model.vocab_size
     )
     plan = plan_recompute(experiment, layout)
-    gpt = build_gpt_model(
+    chunks = build_chunks(
         experiment.model, layout, training, device,
         recompute_num_layers=plan.num_layers if plan else 0,
     )  # fmt: skip
     weights = starting_folder(folder, experiment.model)
-    load_weights(gpt, weights, experiment.model)
+    load_weights(chunks, weights, experiment.model)
     weights_sha256 = _weights_sha256(folder, weights, experiment.model)
-    engine = _engine(gpt, layout, experiment)
+    engine = build_engine(chunks, layout, experiment)
 
     stream = partial(
         BatchStream,
@@ -96,14 +96,15 @@ def _train(
     shutdown()
 
 
-def _engine(gpt: "GPTModel", layout: Layout, experiment: Experiment) -> "Engine":
+def build_engine(chunks: "list[GPTModel]", layout: Layout, experiment: Experiment) -> "Engine":
+    """The engine of a layout around this rank's part of the model (see `model.build_chunks`)."""
     if layout.engine == "deepspeed":
         from internlm_lib.engines.zero import ZeroEngine
 
-        return ZeroEngine(gpt, layout, experiment.training, experiment.optimizer)
+        return ZeroEngine(*chunks, layout, experiment.training, experiment.optimizer)
     from internlm_lib.engines.megatron import MegatronEngine
 
-    return MegatronEngine(gpt, layout, experiment.training, experiment.optimizer)
+    return MegatronEngine(chunks, layout, experiment.training, experiment.optimizer)
 
 
 def _record_nothing(event: str, **fields: Any) -> None:

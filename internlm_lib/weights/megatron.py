@@ -5,7 +5,7 @@ the ranks must be guarded by `if __name__ == "__main__"`, or it runs again in ea
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ from internlm_lib.weights.model_config import write_model
 from internlm_lib.weights.verify import hash_tensors
 
 
-def load_weights(gpt: Module, path: Path, model: ModelSection) -> None:
+GPT = Module | Sequence[Module]
+"""One rank's part of a model: a GPTModel, wrapped or not, or the chunks of an interleaved one."""
+
+
+def load_weights(gpt: GPT, path: Path, model: ModelSection) -> None:
     """Fill this rank's parameters from a checkpoint of any format, reading only its own slices.
 
     Raises InputError if it does not hold this model.
@@ -37,7 +41,7 @@ def load_weights(gpt: Module, path: Path, model: ModelSection) -> None:
             parameter.copy_(value)
 
 
-def differing_parameters(gpt: Module, weights: Checkpoint, model: ModelSection) -> list[str]:
+def differing_parameters(gpt: GPT, weights: Checkpoint, model: ModelSection) -> list[str]:
     """Names of this rank's parameters that are not, bit by bit, what the checkpoint says."""
     return [
         name
@@ -46,9 +50,16 @@ def differing_parameters(gpt: Module, weights: Checkpoint, model: ModelSection) 
     ]
 
 
-def named_parameters(gpt: Module) -> dict[str, Parameter]:
+def named_parameters(gpt: GPT) -> dict[str, Parameter]:
     """This rank's parameters, with layers counted over the whole model."""
-    module = unwrap(gpt)
+    return {
+        name: parameter
+        for module in unwrap(gpt)
+        for name, parameter in _named_parameters(module).items()
+    }
+
+
+def _named_parameters(module: GPTModel) -> dict[str, Parameter]:
     numbers = [layer.layer_number - 1 for layer in module.decoder.layers]
     return {
         LAYER.sub(lambda local: str(numbers[int(local[0])]), name): parameter
@@ -56,7 +67,7 @@ def named_parameters(gpt: Module) -> dict[str, Parameter]:
     }
 
 
-def save_weights(gpt: Module, path: Path, model: ModelSection) -> None:
+def save_weights(gpt: GPT, path: Path, model: ModelSection) -> None:
     """Write a Megatron distributed checkpoint that any TP and PP can load; every rank calls it.
 
     The folder is whole or absent. Ranks on several nodes need it on a shared file system.
@@ -67,11 +78,13 @@ def save_weights(gpt: Module, path: Path, model: ModelSection) -> None:
         shutil.rmtree(shared, ignore_errors=True)
         shared.mkdir(parents=True)
     torch.distributed.barrier()
-    module = unwrap(gpt)
-    dist_checkpointing.save(module.sharded_state_dict(), str(shared))
+    modules = unwrap(gpt)
+    # What a tensor is called in the file does not depend on where it stands in this dictionary.
+    state = {f"chunk{number}": m.sharded_state_dict() for number, m in enumerate(modules)}
+    dist_checkpointing.save(state, str(shared))
     torch.distributed.barrier()
     if is_rank_zero():
-        dtype = next(module.parameters()).dtype
+        dtype = next(modules[0].parameters()).dtype
         write_model(shared, model, str(dtype).removeprefix("torch."))
         with atomic_path(path) as temporary:
             shared.replace(temporary)
@@ -88,16 +101,19 @@ def hash_over_ranks(path: Path, model: ModelSection) -> str:
     return tensor_hash({name: entry for part in gathered for name, entry in part.items()})
 
 
-def unwrap(gpt: Module) -> GPTModel:
-    """The GPTModel inside of Float16Module, DistributedDataParallel or a DeepSpeed engine."""
-    module: Any = gpt
+def unwrap(gpt: GPT) -> list[GPTModel]:
+    """The GPTModels inside of Float16Module, DistributedDataParallel or a DeepSpeed engine."""
+    return [_unwrap(gpt)] if isinstance(gpt, Module) else [_unwrap(chunk) for chunk in gpt]
+
+
+def _unwrap(module: Any) -> GPTModel:
     while not isinstance(module, GPTModel):
         module = module.module
     return module
 
 
 def _pairs(
-    gpt: Module, weights: Checkpoint, model: ModelSection
+    gpt: GPT, weights: Checkpoint, model: ModelSection
 ) -> Iterator[tuple[str, Parameter, Tensor]]:
     """Name, parameter of this rank, and the checkpoint's value for it."""
     parameters = named_parameters(gpt)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.parity import write_weights
 from internlm_lib.data.indexed import indexed_writer
 from internlm_lib.experiment.load import load_experiment, save_experiment
 from internlm_lib.experiment.schema import Layout
@@ -29,26 +30,9 @@ def make_run(root: Path, candidate: Layout, **overrides: Any) -> RunFolder:
     values = {**SMALL, "parallel.reference": None, "parallel.candidate": candidate.model_dump()}
     _, experiment = load_experiment(PARAMS, {**values, **overrides})
     save_experiment(folder.experiment, folder.name, experiment)
-    _write_weights(folder, experiment)
+    write_weights(folder, experiment)
     _write_corpus(folder, experiment.model.vocab_size)
     return folder
-
-
-def _write_weights(folder: RunFolder, experiment: Any) -> None:
-    """Random, the biases and norms too: a bias of zero would hide where it is added."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from internlm_lib.weights.initial import write_random
-
-    write_random(folder.huggingface, experiment.model, seed=7, precision="fp32")
-    path = folder.huggingface / "model.safetensors"
-    tensors = load_file(path)
-    generator = torch.Generator().manual_seed(11)
-    for name in sorted(tensors):
-        if tensors[name].dim() == 1:
-            tensors[name] += 0.1 * torch.randn(tensors[name].shape, generator=generator)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def _write_corpus(folder: RunFolder, vocab_size: int) -> None:

@@ -1,104 +1,106 @@
-"""Engines and layouts against each other: the same ten losses and gradient norms.
+"""Engines and layouts against one rank: the benchmark's trainings, fewer of them and shorter."""
 
-The learning rate is high enough that ten steps change the loss by more than a hundred tolerances.
-"""
-
-import shutil
+from typing import Any
 
 import pytest
 
+from benchmarks.parity import (
+    LAYOUTS,
+    LIMITS,
+    RECIPE,
+    REFERENCE,
+    TRANSFORMERS,
+    Curve,
+    checkpoint_path,
+    compare,
+    make_run,
+    train_layouts,
+)
 from internlm_lib.experiment.load import load_experiment, save_experiment
-from internlm_lib.experiment.schema import Layout
 from internlm_lib.journal import events, training_steps
 from internlm_lib.ranks.launch import launch
-from internlm_lib.run_folder import RunFolder, TrainingFolder
-from tests.parity.make_run import make_run
+from internlm_lib.run_folder import RunFolder
+from internlm_lib.weights.formats import open_checkpoint
 
-LOSS_TOLERANCE = 1e-6
-NORM_TOLERANCE = 1e-5
-"""Both relative; norms are sums over all elements, each rounded in another order."""
-
-MEGATRON_DP2 = Layout(data_parallel_size=2)
-OTHERS = {
-    "ZeRO-1": Layout(engine="deepspeed", zero_stage=1, data_parallel_size=2),
-    "ZeRO-2": Layout(engine="deepspeed", zero_stage=2, data_parallel_size=2),
-    "ZeRO-3": Layout(engine="deepspeed", zero_stage=3, data_parallel_size=2),
-    "ZeRO-2 TP2+SP": Layout(
-        engine="deepspeed", zero_stage=2, tensor_model_parallel_size=2, sequence_parallel=True
-    ),
-    "megatron, plain optimizer": Layout(data_parallel_size=2, use_distributed_optimizer=False),
-    "megatron TP2+SP": Layout(tensor_model_parallel_size=2, sequence_parallel=True),
-    "megatron PP2": Layout(pipeline_model_parallel_size=2),
-}
-SETTINGS = {
-    "training.lr": 1e-2,
-    "training.lr_warmup_fraction": 0.2,
-    "optimizer.weight_decay": 0.1,
-    "optimizer.clip_grad": 0.5,
-}
+STEPS = 6
+KINDS = (
+    "TP2 SP",
+    "PP2",
+    "PP2 VPP2",
+    "DP2",
+    "DP2 overlap, whole optimizer",
+    "ZeRO-1 DP2",
+    "ZeRO-2 DP2",
+    "ZeRO-3 DP2",
+    "TP2 PP2 VPP2 SP",
+    "TP2 DP2 SP overlap",
+    "PP2 VPP2 DP2 overlap",
+    "ZeRO-2 TP2 DP2 SP",
+    "ZeRO-3 TP2 DP2 SP",
+)
+"""Every kind of split, and together those that could be in each other's way."""
+SAVED = (REFERENCE, "PP2 VPP2 DP2 overlap", "ZeRO-3 TP2 DP2 SP")
+WEIGHT_TOLERANCE = 1e-5
+"""Of the largest element of a tensor."""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return make_run(tmp_path_factory.mktemp("engines"), Layout(), **SETTINGS)
-
-
-def train(run: RunFolder, layout: Layout, **overrides: object) -> TrainingFolder:
-    """The run's experiment trained in a layout; what an earlier layout left is removed."""
-    name, experiment = load_experiment(
-        run.experiment, {"parallel.candidate": layout.model_dump(), **overrides}
-    )
-    save_experiment(run.experiment, name, experiment)
-    files = run.training("candidate")
-    shutil.rmtree(files.path, ignore_errors=True)
-    launch(
-        "internlm_lib.training.worker",
-        run,
-        "candidate",
-        world_size=layout.world_size,
-        logs=files.logs,
-    )
-    return files
-
-
-def curves(run: RunFolder, layout: Layout) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of ten steps in a layout."""
-    steps = training_steps(train(run, layout).journal)
-    return [step["loss"] for step in steps], [step["grad_norm"] for step in steps]
+    return make_run(tmp_path_factory.mktemp("engines"), STEPS)
 
 
 @pytest.fixture(scope="module")
-def reference(run: RunFolder) -> tuple[list[float], list[float]]:
-    losses, norms = curves(run, MEGATRON_DP2)
-    assert len(losses) == 10
-    # Clipping is at work, and so is learning: else agreement would prove little.
-    assert max(norms) > SETTINGS["optimizer.clip_grad"]
-    assert abs(losses[-1] / losses[0] - 1) > 100 * LOSS_TOLERANCE
-    return losses, norms
+def curves(run: RunFolder) -> dict[str, Curve]:
+    return train_layouts(run, {name: LAYOUTS[name] for name in (REFERENCE, *KINDS)}, save=SAVED)
 
 
-@pytest.mark.parametrize("layout", OTHERS.values(), ids=OTHERS.keys())
-def test_every_engine_trains_the_same_ten_steps(
-    layout: Layout, run: RunFolder, reference: tuple[list[float], list[float]]
+def test_the_trainings_compared_learn_and_clip(curves: dict[str, Curve]) -> None:
+    """Else that they agree would prove little."""
+    losses, norms = curves[REFERENCE]["losses"], curves[REFERENCE]["grad_norms"]
+    assert len(losses) == STEPS
+    assert losses[-1] < losses[0] - 0.5
+    assert min(norms) > RECIPE["optimizer.clip_grad"]
+
+
+@pytest.mark.parametrize("name", [*KINDS, TRANSFORMERS])
+def test_every_layout_trains_the_same_steps(name: str, curves: dict[str, Curve]) -> None:
+    (row,) = compare({REFERENCE: curves[REFERENCE], name: curves[name]})
+    assert row["within"] == dict.fromkeys(LIMITS, True), row
+
+
+@pytest.mark.parametrize("name", SAVED[1:])
+def test_every_layout_saves_the_same_weights(
+    name: str, run: RunFolder, curves: dict[str, Curve]
 ) -> None:
-    losses, norms = curves(run, layout)
-    assert losses == pytest.approx(reference[0], rel=LOSS_TOLERANCE)
-    assert norms == pytest.approx(reference[1], rel=NORM_TOLERANCE)
+    with (
+        open_checkpoint(checkpoint_path(run, name)) as found,
+        open_checkpoint(checkpoint_path(run, REFERENCE)) as expected,
+        open_checkpoint(run.huggingface) as before,
+    ):
+        assert found.names() == expected.names() == before.names()
+        for tensor in found.names():
+            trained, scale = expected.read(tensor), expected.read(tensor).abs().max()
+            moved = (trained - before.read(tensor)).abs().max()
+            assert moved > 10 * WEIGHT_TOLERANCE * scale, tensor
+            assert (found.read(tensor) - trained).abs().max() <= WEIGHT_TOLERANCE * scale, tensor
 
 
-def test_engines_agree_on_validation_and_save_on_the_way(run: RunFolder) -> None:
-    """Last in this module: it changes the run's data split."""
+def test_a_training_validates_and_saves_on_the_way(run: RunFolder, curves: dict[str, Any]) -> None:
+    """Last in this module: it changes the run's experiment. By way of 03_train's own worker."""
     overrides = {
-        "data.split": "8,2,0",
-        "training.eval_interval": 5,
-        "training.eval_iters": 2,
+        "parallel.candidate": LAYOUTS["PP2 VPP2"].model_dump(),
+        "training.eval_interval": STEPS // 2,
         "training.save_interval": 4,
     }
-    found = []
-    for layout in (OTHERS["megatron PP2"], OTHERS["ZeRO-3"]):
-        files = train(run, layout, **overrides)
-        found.append([event["loss"] for event in events(files.journal, "validation")])
-        saved = [files.checkpoint_of(4), files.checkpoint_of(8), files.checkpoint]
-        assert all((path / "metadata.json").is_file() for path in saved)
-    assert len(found[0]) == 2
-    assert found[0] == pytest.approx(found[1], rel=LOSS_TOLERANCE)
+    name, experiment = load_experiment(run.experiment, overrides)
+    save_experiment(run.experiment, name, experiment)
+    files = run.training("candidate")
+    launch("internlm_lib.training.worker", run, "candidate", world_size=2, logs=files.logs)
+    expected = curves["PP2 VPP2"]
+    steps = training_steps(files.journal)
+    assert [step["loss"] for step in steps] == pytest.approx(expected["losses"], LIMITS["loss"])
+    validation = [event["loss"] for event in events(files.journal, "validation")]
+    assert len(validation) == 2
+    assert validation[0] == pytest.approx(expected["validation_loss"], LIMITS["validation_loss"])
+    saved = [files.checkpoint_of(4), files.checkpoint]
+    assert all((path / "metadata.json").is_file() for path in saved)

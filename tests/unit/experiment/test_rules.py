@@ -15,6 +15,7 @@ BASE = {"training": {"seq_length": 128, "global_batch_size": 8}}
 
 CANDIDATE, REFERENCE = "parallel.candidate.", "parallel.reference."
 TENSOR, PIPELINE = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+VIRTUAL = "virtual_pipeline_model_parallel_size"
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "heads that do not divide the hidden size": (
@@ -75,6 +76,62 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {CANDIDATE + "engine": "deepspeed", CANDIDATE + "zero_stage": 1, CANDIDATE + PIPELINE: 2},
         f"{CANDIDATE}{PIPELINE} = 2 with engine deepspeed; only engine megatron has pipeline "
         "stages: use 1 or megatron",
+    ),
+    "interleaved chunks that do not divide the layers": (
+        {CANDIDATE + PIPELINE: 2, CANDIDATE + VIRTUAL: 2},
+        f"model.num_layers = 2 is not a multiple of {CANDIDATE}{PIPELINE} × {VIRTUAL} = 4; "
+        "choose a divisor of 2: 1, 2",
+    ),
+    "interleaved chunks without pipeline stages": (
+        {CANDIDATE + VIRTUAL: 2},
+        f"{CANDIDATE}{VIRTUAL} = 2 needs {CANDIDATE}{PIPELINE} above 1 (it interleaves the chunks "
+        "of pipeline stages); raise it, or set the first to null",
+    ),
+    "one interleaved chunk": (
+        {REFERENCE + PIPELINE: 2, REFERENCE + VIRTUAL: 1},
+        f"{REFERENCE}{VIRTUAL} = 1 interleaves nothing; use 2 or more chunks per stage, or null",
+    ),
+    "DeepSpeed with interleaved chunks": (
+        {CANDIDATE + "engine": "deepspeed", CANDIDATE + "zero_stage": 1, CANDIDATE + VIRTUAL: 2},
+        f"{CANDIDATE}{VIRTUAL} = 2 with engine deepspeed, which has no pipeline stages; set it to "
+        "null",
+    ),
+    "micro-batches that interleaved stages do not divide": (
+        {
+            "model.num_layers": 8,
+            "training.micro_batch_size": 2,
+            "training.global_batch_size": 12,
+            CANDIDATE + PIPELINE: 2,
+            CANDIDATE + VIRTUAL: 2,
+            CANDIDATE + "data_parallel_size": 2,
+        },
+        f"{CANDIDATE}{VIRTUAL}: a step has 3 micro-batches per data parallel rank, no multiple of "
+        f"{CANDIDATE}{PIPELINE} = 2, which the interleaved schedule takes them by; make "
+        "training.global_batch_size a multiple of 8",
+    ),
+    "an overlap that DeepSpeed's config has no place for": (
+        {
+            CANDIDATE + "engine": "deepspeed",
+            CANDIDATE + "zero_stage": 2,
+            CANDIDATE + "overlap_grad_reduce": True,
+        },
+        f"{CANDIDATE}overlap_grad_reduce = true belongs to engine megatron; set it to false",
+    ),
+    "an overlapped gather without the distributed optimizer": (
+        {
+            CANDIDATE + "use_distributed_optimizer": False,
+            CANDIDATE + "overlap_grad_reduce": True,
+            CANDIDATE + "overlap_param_gather": True,
+        },
+        f"{CANDIDATE}overlap_param_gather = true needs {CANDIDATE}use_distributed_optimizer = true "
+        "(parameters are gathered in the distributed optimizer's buckets); set it, or drop "
+        "overlap_param_gather",
+    ),
+    "an overlapped gather without an overlapped reduction": (
+        {REFERENCE + "overlap_param_gather": True},
+        f"{REFERENCE}overlap_param_gather = true needs {REFERENCE}overlap_grad_reduce = true "
+        "(parameters are gathered in the distributed optimizer's buckets); set it, or drop "
+        "overlap_param_gather",
     ),
     "a batch that its ranks do not divide": (
         {"training.micro_batch_size": 1, CANDIDATE + "data_parallel_size": 3},
@@ -140,6 +197,20 @@ KEPT: dict[str, dict[str, Any]] = {
         REFERENCE + "engine": "deepspeed",
         REFERENCE + "zero_stage": 3,
         REFERENCE + TENSOR: 2,
+    },
+    "as many interleaved chunks as layers, a group of micro-batches": {
+        "model.num_layers": 8,
+        "training.micro_batch_size": 2,
+        CANDIDATE + PIPELINE: 4,
+        CANDIDATE + VIRTUAL: 2,
+    },
+    "an overlapped reduction without the distributed optimizer": {
+        CANDIDATE + "use_distributed_optimizer": False,
+        CANDIDATE + "overlap_grad_reduce": True,
+    },
+    "both overlaps": {
+        REFERENCE + "overlap_grad_reduce": True,
+        REFERENCE + "overlap_param_gather": True,
     },
     "one micro-batch per rank": {
         "training.micro_batch_size": 4,

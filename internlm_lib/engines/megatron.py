@@ -3,6 +3,7 @@
 Import only after `Device.adapt_megatron()`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,13 +18,16 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
-from internlm_lib.engines.base import StepResult, masked_mean
+from internlm_lib.engines.base import StepResult, decays, masked_mean
 from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSection
+from internlm_lib.model.precision import DTYPES
 
 
 class MegatronEngine:
@@ -35,9 +39,10 @@ class MegatronEngine:
         optimizer: OptimizerSection,
     ) -> None:
         self._training = training
+        self._fp16 = training.precision == "fp16"
         self._optimizer_section = optimizer
         self._gpt = gpt
-        module = Float16Module(gpt.config, gpt) if training.precision == "bf16" else gpt
+        module = gpt if training.precision == "fp32" else Float16Module(gpt.config, gpt)
         self._model = DistributedDataParallel(
             config=gpt.config,
             ddp_config=DistributedDataParallelConfig(
@@ -47,7 +52,9 @@ class MegatronEngine:
             module=module,
         )
         self._optimizer = get_megatron_optimizer(
-            _optimizer_config(layout, training, optimizer), [self._model]
+            _optimizer_config(layout, training, optimizer),
+            [self._model],
+            config_overrides=_decay_groups(layout, optimizer),
         )
         gpt.config.finalize_model_grads_func = finalize_model_grads
         gpt.config.grad_scale_func = self._optimizer.scale_loss
@@ -61,8 +68,26 @@ class MegatronEngine:
             # Megatron leaves a group's own decay to its scheduler, which this loop replaces.
             group["weight_decay"] = self._optimizer_section.weight_decay * group["wd_mult"]
         loss = self._forward_backward(batches, num_micro_batches, forward_only=False)
-        _, grad_norm, _ = self._optimizer.step()
-        return StepResult(loss, float(grad_norm))
+        scale = float(self._optimizer.get_loss_scale()) if self._fp16 else None
+        grad_norm = self._update()
+        return StepResult(loss, grad_norm, not math.isfinite(grad_norm), scale)
+
+    def _update(self) -> float:
+        """Clip and apply the gradient; returns its norm, not finite if it was not applied.
+
+        Megatron's own step measures no norm of an overflow, and without fp16 applies what is not
+        finite.
+        """
+        if self._optimizer.prepare_grads():  # unscales; the loss scale follows what it finds
+            return math.inf
+        grad_norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return grad_norm
+        if clip_grad := self._optimizer_section.clip_grad:
+            parameters = self._optimizer.get_parameters()
+            clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
+        self._optimizer.step_with_ready_grads()
+        return grad_norm
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         self._model.eval()
@@ -103,9 +128,25 @@ def _optimizer_config(
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
         bf16=training.precision == "bf16",
-        params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
+        fp16=training.precision == "fp16",
+        params_dtype=DTYPES[training.precision],
+        loss_scale=optimizer.loss_scale,
+        initial_loss_scale=optimizer.initial_loss_scale,
+        min_loss_scale=optimizer.min_loss_scale,
+        loss_scale_window=optimizer.loss_scale_window,
+        hysteresis=optimizer.hysteresis,
         use_distributed_optimizer=layout.use_distributed_optimizer,
     )
+
+
+def _decay_groups(layout: Layout, optimizer: OptimizerSection) -> dict[ParamKey, Any]:
+    """What megatron-core makes a group without decay of, instead of its own choice."""
+
+    def spared(parameter: torch.nn.Parameter, name: str) -> bool:
+        return not decays(name, parameter, optimizer, layout)
+
+    key = ParamKey(with_name_predicate=ParamWithNamePredicate("without_decay", spared))
+    return {key: {"wd_mult": 0.0}}
 
 
 def _forward_step(

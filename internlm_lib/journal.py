@@ -1,7 +1,8 @@
 """Append-only JSON-lines journal of a run: the truth, on local disk.
 
 One event per line: `{"event": <kind>, "time": <unix seconds>, …}`. Kinds used by the kit:
-`start`, `step`, `validation`, `end` (a training), `stage`, `metrics`, `tags`, `artifact` (a run).
+`start`, `step`, `validation`, `test`, `end` (a training), `stage`, `metrics`, `tags`, `artifact`
+(a run).
 A line is written whole or not at all; a torn last line, left by a crash, is ignored by readers.
 """
 

@@ -18,6 +18,7 @@ _HOW_NOT_WHAT = {
     "model": ("preset", "weights", "direct_start"),
     "data": ("train_path", "tokenizer_model"),
     "training": (
+        "deterministic_mode",
         "micro_batch_size",
         "use_flash_attn",
         "use_fused_rmsnorm",

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -32,6 +32,10 @@ class Batch:
     """int64, 0 … seq_length − 1; not reset at document borders, as the predecessor."""
 
 
+_PARTS = {"training": "first", "validation": "second", "test": "third"}
+"""Parts of a corpus, and which number of `data.split` says how large each is."""
+
+
 @dataclass(frozen=True)
 class _Vocabulary:
     """What GPTDataset asks of a tokenizer."""
@@ -41,17 +45,26 @@ class _Vocabulary:
     unique_identifiers: tuple[str, ...] = ("sentencepiece",)
 
 
+class Datasets(NamedTuple):
+    """Samples of the three parts of a corpus; None for a part that is not read."""
+
+    train: GPTDataset
+    valid: GPTDataset | None
+    test: GPTDataset | None
+
+
 def build_datasets(
     prefix: Path, data: DataSection, training: TrainingSection, vocab_size: int
-) -> tuple[GPTDataset, GPTDataset | None]:
-    """Training and validation samples of `<prefix>.bin/.idx` (the latter None without validation).
+) -> Datasets:
+    """Samples of `<prefix>.bin/.idx` for all training steps; with `eval_iters` also for all
+    validations, and for the test after the last step unless `data.split` leaves no test part.
 
     Collective: rank 0 builds the index maps beside the data, the others read them.
     Raises InputError if a part that is asked for holds no whole sample.
     """
-    train_samples = training.train_iters * training.global_batch_size
     validations = training.train_iters // training.eval_interval + 1
-    valid_samples = validations * training.eval_iters * training.global_batch_size
+    test_samples = training.eval_iters * training.global_batch_size
+    valid_samples = validations * test_samples
     config = GPTDatasetConfig(
         random_seed=training.seed,
         sequence_length=training.seq_length,
@@ -64,16 +77,21 @@ def build_datasets(
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    train_part, valid_part, _ = config.split_matrix
-    _check_part(prefix, "training", train_part, data, training)
+    train_part, valid_part, test_part = config.split_matrix
+    asked = {"training": train_part}
     if training.eval_iters:
-        _check_part(prefix, "validation", valid_part, data, training)
+        asked["validation"] = valid_part
+    if training.eval_iters and test_part:
+        asked["test"] = test_part
+    for name, part in asked.items():
+        _check_part(prefix, name, part, data, training)
     # Only the parts that are read: of a part without documents megatron counts epochs for ever.
-    config.split_matrix = [train_part, valid_part if training.eval_iters else None, None]
-    train, valid, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, [train_samples, valid_samples, 0], lambda: True, config
-    ).build()
-    return train, valid
+    config.split_matrix = [asked.get(name) for name in _PARTS]
+    return Datasets(
+        *BlendedMegatronDatasetBuilder(
+            GPTDataset, [training.train_samples, valid_samples, test_samples], lambda: True, config
+        ).build()
+    )
 
 
 def _index_folder(prefix: Path) -> Path:
@@ -93,7 +111,7 @@ def _check_part(
     first, end = (round(bound * len(documents)) for bound in part or (0, 0))  # as megatron rounds
     tokens = int(documents.sequence_lengths[first:end].sum())
     if tokens <= training.seq_length:
-        number = "first" if name == "training" else "second"
+        number = _PARTS[name]
         raise InputError(
             f"{prefix}: the {name} part (data.split = {data.split}) holds {tokens} tokens, less "
             f"than one sample of training.seq_length = {training.seq_length} and the token that "
@@ -115,8 +133,9 @@ def data_order_sha256(dataset: GPTDataset) -> str:
 class BatchStream:
     """Micro-batches of one data parallel rank, in the order of MegatronPretrainingSampler.
 
-    Step k (from 0) takes samples k·G … (k+1)·G − 1 of the shuffled dataset; micro-batch m of data
-    parallel rank d takes the d-th slice of the m-th part of these. Any step can be asked for.
+    A step takes the samples of the shuffled dataset that follow those consumed before it;
+    micro-batch m of data parallel rank d takes the d-th slice of the m-th part of these. Any step
+    can be asked for.
     """
 
     def __init__(
@@ -137,9 +156,13 @@ class BatchStream:
         self._device = device
 
     def step(self, index: int) -> Iterator[Batch]:
-        """The micro-batches of step `index`, counted from 0; past the end it starts over."""
-        start = index * self._global
-        for part in range(start, start + self._global, self._across):
+        """The micro-batches of step `index`, counted from 0, where all steps are full ones."""
+        return self.samples(index * self._global, self._global)
+
+    def samples(self, consumed: int, count: int) -> Iterator[Batch]:
+        """The micro-batches of samples `consumed` to `consumed + count - 1`; past the end of the
+        dataset it starts over. `count` is a multiple of micro-batch size × data parallel size."""
+        for part in range(consumed, consumed + count, self._across):
             first = part + self._rank * self._micro
             yield self._batch(range(first, first + self._micro))
 

@@ -2,7 +2,7 @@
 
 megatron's modules reach CUDA through their module-global name `torch`. After all of them are
 imported, that name is rebound to a proxy; `torch` itself, and everyone else's, stays as it is.
-Three points lie deeper and are adapted one by one (`_CONSTANTS`, `_RNG`). All points:
+Four points lie deeper and are adapted one by one. All points:
 
 | point                                                | stands in for it                         |
 |------------------------------------------------------|------------------------------------------|
@@ -14,6 +14,7 @@ Three points lie deeper and are adapted one by one (`_CONSTANTS`, `_RNG`). All p
 | torch.tensor, zeros, ones … with device="cuda"       | the same on "cpu"                        |
 | tensor_parallel.random._set/_get_cuda_rng_state      | the CPU generator                        |
 | `param.type() == "torch.cuda.FloatTensor"` constants | "torch.FloatTensor" (same for half, bf16)|
+| `.cuda()` of a loss scale that is loaded             | nothing to do                            |
 """
 
 import contextlib
@@ -45,6 +46,7 @@ def adapt() -> None:
     _rebind_torch()
     _rebind_rng()
     _swap_tensor_types()
+    _load_loss_scale_in_place()
 
 
 class _NullStream:
@@ -172,6 +174,17 @@ def _swap_tensor_types() -> None:
     ]
     for function in functions:
         function.__code__ = _with_cpu_types(function.__code__)
+
+
+def _load_loss_scale_in_place() -> None:
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+
+    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
+        self._scale = state_dict["scale"]
+        self._growth_tracker = state_dict["growth_tracker"]
+        self._hysteresis_tracker = state_dict["hysteresis_tracker"]
+
+    DynamicGradScaler.load_state_dict = load_state_dict
 
 
 def _methods(cls: type) -> list[types.FunctionType]:

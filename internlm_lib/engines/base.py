@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
+from internlm_lib.experiment.schema import Layout, OptimizerSection
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,12 @@ class StepResult:
     loss: float
     """Nats per token, mean over the global batch."""
     grad_norm: float
-    """Global L2 norm of the gradient before clipping."""
+    """Global L2 norm of the gradient before clipping, measured with `clip_grad` 0 too; of a
+    gradient that is not finite, infinity or NaN."""
+    skipped: bool = False
+    """The gradient was not finite, so the weights and the optimizer are as they were."""
+    loss_scale: float | None = None
+    """What the loss was multiplied by for this step's backward pass; None without fp16."""
 
 
 class Engine(Protocol):
@@ -45,6 +51,15 @@ def masked_mean(losses: Tensor, loss_mask: Tensor) -> Tensor:
     return torch.sum(losses * mask) / mask.sum()
 
 
-def decays(name: str, parameter: torch.nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to biases and norm weights, as Megatron-LM."""
-    return not name.endswith(".bias") and parameter.ndim > 1
+def decays(
+    name: str, parameter: torch.nn.Parameter, optimizer: OptimizerSection, layout: Layout
+) -> bool:
+    """Whether weight decay applies to a parameter: to matrices, as Megatron-LM.
+
+    With `predecessor_decay` to norm weights too, but for DeepSpeed with sequence parallelism: so
+    did AscendSpeed, whose rule knows only biases and torch's LayerNorm. Never to biases.
+    """
+    if name.endswith(".bias"):
+        return False
+    set_apart = layout.engine == "deepspeed" and layout.sequence_parallel
+    return parameter.ndim > 1 or (optimizer.predecessor_decay and not set_apart)

@@ -4,6 +4,7 @@ distributed optimizer.
 Import only after `Device.adapt_megatron()`.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,13 +20,16 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
-from internlm_lib.engines.base import StepResult, masked_mean
+from internlm_lib.engines.base import StepResult, decays, masked_mean
 from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSection
+from internlm_lib.model.precision import DTYPES
 
 
 class MegatronEngine:
@@ -37,6 +41,7 @@ class MegatronEngine:
         optimizer: OptimizerSection,
     ) -> None:
         self._training = training
+        self._fp16 = training.precision == "fp16"
         self._optimizer_section = optimizer
         self._chunks = chunks
         self._overlaps_gather = layout.overlap_param_gather
@@ -45,7 +50,9 @@ class MegatronEngine:
             for number, chunk in enumerate(chunks)
         ]
         self._optimizer = get_megatron_optimizer(
-            _optimizer_config(layout, training, optimizer), self._model
+            _optimizer_config(layout, training, optimizer),
+            self._model,
+            config_overrides=_decay_groups(layout, optimizer),
         )
         # The schedules read the first chunk's configuration alone.
         config = chunks[0].config
@@ -64,8 +71,26 @@ class MegatronEngine:
             # Megatron leaves a group's own decay to its scheduler, which this loop replaces.
             group["weight_decay"] = self._optimizer_section.weight_decay * group["wd_mult"]
         loss = self._forward_backward(batches, num_micro_batches, forward_only=False)
-        _, grad_norm, _ = self._optimizer.step()
-        return StepResult(loss, float(grad_norm))
+        scale = float(self._optimizer.get_loss_scale()) if self._fp16 else None
+        grad_norm = self._update()
+        return StepResult(loss, grad_norm, not math.isfinite(grad_norm), scale)
+
+    def _update(self) -> float:
+        """Clip and apply the gradient; returns its norm, not finite if it was not applied.
+
+        Megatron's own step measures no norm of an overflow, and without fp16 applies what is not
+        finite.
+        """
+        if self._optimizer.prepare_grads():  # unscales; the loss scale follows what it finds
+            return math.inf
+        grad_norm = float(self._optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            return grad_norm
+        if clip_grad := self._optimizer_section.clip_grad:
+            parameters = self._optimizer.get_parameters()
+            clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
+        self._optimizer.step_with_ready_grads()
+        return grad_norm
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         with self._parameters_gathered():
@@ -119,7 +144,7 @@ def _data_parallel(
             overlap_grad_reduce=layout.overlap_grad_reduce,
             overlap_param_gather=layout.overlap_param_gather,
         ),
-        module=Float16Module(chunk.config, chunk) if training.precision == "bf16" else chunk,
+        module=chunk if training.precision == "fp32" else Float16Module(chunk.config, chunk),
         # Of later chunks communication is hidden as a whole, as Megatron-LM has it.
         disable_bucketing=not first,
     )
@@ -138,10 +163,26 @@ def _optimizer_config(
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
         bf16=training.precision == "bf16",
-        params_dtype=torch.bfloat16 if training.precision == "bf16" else torch.float32,
+        fp16=training.precision == "fp16",
+        params_dtype=DTYPES[training.precision],
+        loss_scale=optimizer.loss_scale,
+        initial_loss_scale=optimizer.initial_loss_scale,
+        min_loss_scale=optimizer.min_loss_scale,
+        loss_scale_window=optimizer.loss_scale_window,
+        hysteresis=optimizer.hysteresis,
         use_distributed_optimizer=layout.use_distributed_optimizer,
         overlap_param_gather=layout.overlap_param_gather,
     )
+
+
+def _decay_groups(layout: Layout, optimizer: OptimizerSection) -> dict[ParamKey, Any]:
+    """What megatron-core makes a group without decay of, instead of its own choice."""
+
+    def spared(parameter: torch.nn.Parameter, name: str) -> bool:
+        return not decays(name, parameter, optimizer, layout)
+
+    key = ParamKey(with_name_predicate=ParamWithNamePredicate("without_decay", spared))
+    return {key: {"wd_mult": 0.0}}
 
 
 def _forward_step(

@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.grad_scaler import (
+    ConstantGradScaler,
+    DynamicGradScaler,
+    MegatronGradScaler,
+)
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
@@ -27,12 +32,14 @@ class ZeroEngine:
     ) -> None:
         self._gpt = gpt
         self._stage = layout.zero_stage
+        self._batch_unit = training.micro_batch_size * layout.data_parallel_size
+        self._grad_scaler = _grad_scaler(optimizer) if training.precision == "fp16" else None
         _sum_sequence_parallel_gradients(gpt)
         deepspeed = _deepspeed_without_compiler()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=gpt,
             optimizer=torch.optim.AdamW(
-                _parameter_groups(gpt, optimizer),
+                _parameter_groups(gpt, optimizer, layout),
                 lr=training.lr,
                 betas=(optimizer.adam_beta1, optimizer.adam_beta2),
                 eps=optimizer.adam_eps,
@@ -44,13 +51,33 @@ class ZeroEngine:
     def train_step(self, batches: Iterator[Batch], num_micro_batches: int, lr: float) -> StepResult:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        scale = self._set_loss_scale()
+        self._engine.set_train_batch_size(num_micro_batches * self._batch_unit)
         losses = []
-        for _ in range(num_micro_batches):
+        for index in range(num_micro_batches):
+            # DeepSpeed counts micro-batches from the first step on, as if all had equally many.
+            self._engine.set_gradient_accumulation_boundary(index == num_micro_batches - 1)
             loss = self._loss(next(batches))
             self._engine.backward(loss)
             self._engine.step()
             losses.append(loss.detach().clone())
-        return StepResult(_mean_over_job(losses), float(self._engine.get_global_grad_norm()))
+        overflow = bool(self._engine.optimizer.overflow)
+        if self._grad_scaler:
+            self._grad_scaler.update(overflow)
+        norm = float(self._engine.get_global_grad_norm())
+        return StepResult(_mean_over_job(losses), norm, overflow, scale)
+
+    def _set_loss_scale(self) -> float | None:
+        """Megatron's scaler decides, so that both engines scale alike.
+
+        DeepSpeed's own doubles the scale between measuring a gradient and dividing it by the scale,
+        doubles it one step later, and raises where Megatron stays at the minimum.
+        """
+        if self._grad_scaler is None:
+            return None
+        scale = float(self._grad_scaler.scale)
+        self._engine.optimizer.override_loss_scale(scale)
+        return scale
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         self._engine.eval()
@@ -76,20 +103,39 @@ def _deepspeed_without_compiler() -> Any:
     """DeepSpeed, without the shared-memory collectives it would compile on first use on a CPU."""
     import deepspeed
     import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if get_accelerator().device_name() == "cpu":
+        # It refuses fp16 where oneDNN is not fast at it; torch's own kernels do compute it.
+        get_accelerator().is_fp16_supported = lambda: True
     return deepspeed
 
 
-def _parameter_groups(gpt: GPTModel, optimizer: OptimizerSection) -> list[dict[str, Any]]:
-    named = list(gpt.named_parameters())
+def _parameter_groups(
+    gpt: GPTModel, optimizer: OptimizerSection, layout: Layout
+) -> list[dict[str, Any]]:
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in gpt.named_parameters():
+        groups[decays(name, parameter, optimizer, layout)].append(parameter)
     return [
-        {
-            "params": [p for name, p in named if decays(name, p)],
-            "weight_decay": optimizer.weight_decay,
-        },
-        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
+        {"params": groups[True], "weight_decay": optimizer.weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
     ]
+
+
+def _grad_scaler(optimizer: OptimizerSection) -> MegatronGradScaler:
+    """As `get_megatron_optimizer` makes it for fp16."""
+    if optimizer.loss_scale is not None:
+        return ConstantGradScaler(optimizer.loss_scale)
+    return DynamicGradScaler(
+        initial_scale=optimizer.initial_loss_scale,
+        min_scale=optimizer.min_loss_scale,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=optimizer.loss_scale_window,
+        hysteresis=optimizer.hysteresis,
+    )
 
 
 def _deepspeed_config(
@@ -100,8 +146,12 @@ def _deepspeed_config(
         "gradient_accumulation_steps": training.num_micro_batches(layout),
         # The predecessor's config lacked this key, so its --clip-grad did nothing.
         "gradient_clipping": optimizer.clip_grad,
-        "bf16": {"enabled": training.precision == "bf16"},
+        "bf16": {"enabled": training.precision == "bf16", "check_grad_overflow": True},
+        # A static scale of 1: the engine overrides it step by step.
+        "fp16": {"enabled": training.precision == "fp16", "loss_scale": 1.0},
         "data_types": {"grad_accum_dtype": "fp32"},
+        # Else gradients are summed over ranks in the precision of the model.
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": layout.zero_stage,

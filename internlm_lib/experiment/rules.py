@@ -7,7 +7,7 @@ yields one message per violation: the key, the value found, what is allowed, wha
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from internlm_lib.experiment.schema import ROLES, Experiment, Layout
+from internlm_lib.experiment.schema import ROLES, Experiment, Layout, TrainingSection
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,35 @@ def _batch_divides(e: Experiment) -> Iterator[str]:
             )
 
 
+@_rule("training.rampup_batch_size", "training.global_batch_size", "training.micro_batch_size",
+       "parallel.candidate", "parallel.reference")  # fmt: skip
+def _batch_ramp(e: Experiment) -> Iterator[str]:
+    if e.training.rampup_batch_size is None:
+        return
+    full = e.training.global_batch_size
+    start, increment, _ = e.training.rampup_batch_size
+    if start >= full:
+        yield (
+            f"training.rampup_batch_size starts with {start} samples, not below "
+            f"training.global_batch_size = {full}; start lower, or set it to null"
+        )
+    elif (full - start) % increment:
+        yield (
+            f"training.rampup_batch_size: {full - start} samples from {start} to "
+            f"training.global_batch_size = {full} are no multiple of the increment {increment}; "
+            "change one of the three"
+        )
+    for key, layout in _layouts(e):
+        step = e.training.micro_batch_size * layout.data_parallel_size
+        for name, value in (("start", start), ("increment", increment)):
+            if value % step:
+                yield (
+                    f"training.rampup_batch_size: the {name} {value} is not a multiple of {step} "
+                    f"(training.micro_batch_size {e.training.micro_batch_size} × "
+                    f"{key}.data_parallel_size {layout.data_parallel_size}); use one"
+                )
+
+
 @_rule("training.seq_length", "model.max_position_embeddings")
 def _sequence_fits(e: Experiment) -> Iterator[str]:
     if e.training.seq_length > e.model.max_position_embeddings:
@@ -207,6 +236,48 @@ def _learning_rates(e: Experiment) -> Iterator[str]:
         yield (
             f"training.min_lr = {e.training.min_lr} exceeds training.lr = {e.training.lr}; "
             "the schedule falls from lr to min_lr: lower min_lr or raise lr"
+        )
+
+
+@_rule("training.lr_warmup_iters", "training.lr_warmup_fraction", "training.lr_decay_iters",
+       "training.train_iters", "training.global_batch_size",
+       "training.rampup_batch_size")  # fmt: skip
+def _warm_up(e: Experiment) -> Iterator[str]:
+    training = e.training
+    if not training.lr_warmup_iters:
+        return
+    if training.lr_warmup_fraction:
+        yield (
+            f"training.lr_warmup_iters = {training.lr_warmup_iters} and training.lr_warmup_fraction"
+            f" = {training.lr_warmup_fraction} are both set; set one of them to 0"
+        )
+    elif _ramp_is_sound(training) and training.warmup_samples > training.decay_samples:
+        yield (
+            f"training.lr_warmup_iters = {training.lr_warmup_iters} is longer than the schedule, "
+            f"{training.decay_samples / training.global_batch_size:g} full batches "
+            "(training.lr_decay_iters, or train_iters); shorten it"
+        )
+
+
+def _ramp_is_sound(training: TrainingSection) -> bool:
+    """Whether steps can be counted; `_batch_ramp` says what is wrong with it."""
+    ramp = training.rampup_batch_size
+    return ramp is None or ramp[0] + ramp[1] <= training.global_batch_size
+
+
+@_rule("training.precision", "optimizer.loss_scale", "optimizer.initial_loss_scale",
+       "optimizer.min_loss_scale")  # fmt: skip
+def _loss_scales(e: Experiment) -> Iterator[str]:
+    optimizer = e.optimizer
+    if optimizer.loss_scale is not None and e.training.precision != "fp16":
+        yield (
+            f"optimizer.loss_scale = {optimizer.loss_scale:g} with training.precision = "
+            f"{e.training.precision!r}; only fp16 needs its loss scaled: set it to null"
+        )
+    if optimizer.min_loss_scale > optimizer.initial_loss_scale:
+        yield (
+            f"optimizer.min_loss_scale = {optimizer.min_loss_scale:g} exceeds "
+            f"optimizer.initial_loss_scale = {optimizer.initial_loss_scale:g}; lower it"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from internlm_lib.experiment.batch_ramp import BatchRamp, consumed_before_steps
 from internlm_lib.experiment.values import Flag, Integer, Number, Text
 
 Count = Annotated[Integer, Field(gt=0)]
@@ -69,7 +70,8 @@ class DataSection(Section):
     append_eod: Flag = True
     """Close every document with `</s>`."""
     split: Annotated[Text, Field(pattern=r"^\d+(\.\d+)?(,\d+(\.\d+)?){2}$")] = "949,50,1"
-    """Weights of the train, validation and test parts, in document order."""
+    """Weights of the train, validation and test parts, in document order. A test part above 0 is
+    measured after the last step, if `training.eval_iters` is above 0."""
     pocket_seed: CountOrZero = 1234
     """Seed of the pocket world; read only without `train_path`."""
 
@@ -143,20 +145,32 @@ class ParallelSection(Section):
 
 class TrainingSection(Section):
     seed: CountOrZero = 1234
-    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of the data order, of random weights, and of every random number generator of a rank."""
+    deterministic_mode: Flag = False
+    """Ask torch and the collectives for the same bits at every run, where that costs speed; only
+    for the same device, layout and versions (see `training/determinism.py`)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """What forward and backward compute in. Main weights, the accumulation of gradients, their
+    sum over ranks and the optimizer are fp32 always; fp16 scales the loss (`loss_scale`)."""
     seq_length: Count = 2048
     """Tokens per sample."""
     micro_batch_size: Count = 1
     """Samples per forward pass and data parallel rank."""
     global_batch_size: Count = 8
     """Samples per optimizer step over all ranks."""
+    rampup_batch_size: tuple[Count, Count, Count] | None = None
+    """[start, increment, samples]: steps begin with `start` samples and grow by `increment` to
+    `global_batch_size` while the first `samples` samples are consumed; null: all are full."""
     train_iters: Count = 1000
     """Optimizer steps."""
     lr: Positive = 1.5e-4
     min_lr: NonNegative = 0.0
     lr_decay_style: Literal["constant", "linear", "cosine"] = "cosine"
     lr_decay_iters: Count | None = None
-    """Steps until min_lr is reached; null means train_iters."""
+    """Steps until min_lr is reached; null means train_iters. The schedule counts samples, as
+    Megatron's: while the batch ramps up, a step stands for `global_batch_size` of them."""
+    lr_warmup_iters: CountOrZero = 0
+    """Steps of linear warm-up; excludes lr_warmup_fraction."""
     lr_warmup_fraction: Fraction = 0.0
     """Warm-up steps as a fraction of lr_decay_iters (as Megatron counts)."""
     use_flash_attn: Flag = True
@@ -171,7 +185,7 @@ class TrainingSection(Section):
     eval_interval: Count = 1000
     """Steps between validation losses."""
     eval_iters: CountOrZero = 0
-    """Batches per validation loss; 0 turns validation off."""
+    """Batches per validation loss, and of the test loss after the last step; 0 turns both off."""
     save_interval: Count | None = None
     """Steps between checkpoints; null saves only after the last step."""
 
@@ -181,23 +195,77 @@ class TrainingSection(Section):
 
     @property
     def warmup_iters(self) -> float:
-        """Steps of linear warm-up: fraction × decay steps, not rounded, as in Megatron-LM."""
-        return self.lr_warmup_fraction * self.decay_iters
+        """Steps of linear warm-up; a fraction of the decay steps is not rounded, as in Megatron."""
+        return self.lr_warmup_iters or self.lr_warmup_fraction * self.decay_iters
 
-    def num_micro_batches(self, layout: Layout) -> int:
-        """Gradient accumulation steps."""
-        return self.global_batch_size // (self.micro_batch_size * layout.data_parallel_size)
+    @property
+    def decay_samples(self) -> int:
+        """Samples until min_lr is reached."""
+        if self.lr_decay_iters is None:
+            return self.train_samples
+        return self.lr_decay_iters * self.global_batch_size
+
+    @property
+    def warmup_samples(self) -> float:
+        """Samples of linear warm-up."""
+        if self.lr_warmup_iters:
+            return self.lr_warmup_iters * self.global_batch_size
+        return self.lr_warmup_fraction * self.decay_samples
+
+    @property
+    def train_samples(self) -> int:
+        """Samples of all steps together."""
+        return self.samples_before(self.train_iters + 1)
+
+    def samples_before(self, step: int) -> int:
+        """Samples that the steps before `step`, counted from 1, take together."""
+        if self._ramp is None:
+            return (step - 1) * self.global_batch_size
+        consumed = consumed_before_steps(self._ramp, self.train_iters + 1)
+        if step <= len(consumed):
+            return consumed[step - 1]
+        return consumed[-1] + (step - len(consumed)) * self.global_batch_size
+
+    def batch_size(self, step: int) -> int:
+        """Samples of optimizer step `step`, counted from 1, over all ranks."""
+        if self._ramp is None:
+            return self.global_batch_size
+        return self._ramp.batch_size(self.samples_before(step))
+
+    def num_micro_batches(self, layout: Layout, step: int | None = None) -> int:
+        """Gradient accumulation steps of a full batch, or of `step`'s."""
+        samples = self.global_batch_size if step is None else self.batch_size(step)
+        return samples // (self.micro_batch_size * layout.data_parallel_size)
+
+    @property
+    def _ramp(self) -> BatchRamp | None:
+        if self.rampup_batch_size is None:
+            return None
+        return BatchRamp(*self.rampup_batch_size, full=self.global_batch_size)
 
 
 class OptimizerSection(Section):
-    """AdamW; biases and norm weights are not decayed."""
+    """AdamW; biases and norm weights are not decayed. Loss scaling is read with fp16 only."""
 
     adam_beta1: Beta = 0.9
     adam_beta2: Beta = 0.999
     adam_eps: Positive = 1e-8
     weight_decay: NonNegative = 0.01
+    predecessor_decay: Flag = False
+    """Decay norm weights too, as AscendSpeed did by mistake (it excluded only torch's LayerNorm and
+    biases); under DeepSpeed with sequence parallelism it did not, and neither does this."""
     clip_grad: NonNegative = 1.0
-    """Global gradient norm to clip to; 0 turns clipping off."""
+    """Global gradient norm to clip to; 0 turns clipping off, but not the measuring of the norm."""
+    loss_scale: Positive | None = None
+    """What the loss is multiplied by for the backward pass; null adapts it (dynamic)."""
+    initial_loss_scale: Positive = 4294967296.0
+    """Dynamic scale of the first step; from Megatron's 2^32 some 20 steps are skipped."""
+    min_loss_scale: Positive = 1.0
+    """Dynamic scale below which it is not lowered; an overflow there ends the training."""
+    loss_scale_window: Count = 1000
+    """Steps without overflow after which the dynamic scale is doubled."""
+    hysteresis: Count = 2
+    """Overflows before the dynamic scale is halved; counted anew only when it is doubled."""
 
 
 class GenerationSection(Section):

@@ -26,8 +26,8 @@ CONVENTIONS: dict[str, tuple[Attention, Recompute | None]] = {
 }
 """Name → arguments of `training_flops_per_token`. N is `matmul_parameters`."""
 
-_ADAM_STATE_BYTES = {"fp32": 16, "bf16": 18}
-"""Per parameter: weight and gradient in fp32, two moments (16); bf16 adds a bf16 working copy."""
+_ADAM_STATE_BYTES = {"fp32": 16, "bf16": 18, "fp16": 18}
+"""Per parameter: weight and gradient in fp32, two moments (16); others add a working copy."""
 
 
 def parameter_count(model: ModelSection, padded_vocab_size: int | None = None) -> int:
@@ -107,7 +107,7 @@ def tflops_per_device(tokens_per_second_per_device: float, flops_per_token: floa
     return tokens_per_second_per_device * flops_per_token / 1e12
 
 
-def training_state_bytes(model: ModelSection, precision: Literal["fp32", "bf16"]) -> int:
+def training_state_bytes(model: ModelSection, precision: Literal["fp32", "bf16", "fp16"]) -> int:
     """Weights, gradients (fp32) and Adam moments of the whole model, over all ranks together."""
     return parameter_count(model) * _ADAM_STATE_BYTES[precision]
 

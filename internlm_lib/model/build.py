@@ -111,6 +111,8 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         bf16=training.precision == "bf16",
+        fp16=training.precision == "fp16",
+        deterministic_mode=training.deterministic_mode,
         params_dtype=DTYPES[training.precision],
         pipeline_dtype=DTYPES[training.precision],
         recompute_granularity="full" if recompute_num_layers else training.recompute_granularity,

@@ -1,8 +1,10 @@
 """Process groups of a layout. Import only after `Device.adapt_megatron()`."""
 
 import os
+import random
 from datetime import timedelta
 
+import numpy
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
@@ -27,7 +29,8 @@ def initialize_parallel(
 def split_ranks(layout: Layout, *, timeout_minutes: float = 30.0, seed: int = 1234) -> None:
     """Split the ranks of a job that was joined, anew if they were split; every rank calls it.
 
-    Seeds the tensor parallel random number generators.
+    Seeds every random number generator, as Megatron-LM: Python's, numpy's and torch's by pipeline
+    stage, and the tensor parallel ones. InternLM's training draws from none: it has no dropout.
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -37,6 +40,10 @@ def split_ranks(layout: Layout, *, timeout_minutes: float = 30.0, seed: int = 12
         layout.virtual_pipeline_model_parallel_size,
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
+    of_stage = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(of_stage)
+    numpy.random.seed(of_stage % 2**32)
+    torch.manual_seed(of_stage)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 

@@ -2,12 +2,11 @@
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Those a params file may train in."""
 
 STORED_DTYPES = {
     **DTYPES,
-    "fp16": torch.float16,
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,

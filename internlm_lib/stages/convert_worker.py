@@ -104,8 +104,8 @@ def _compare_logits(
 
 
 def _why_not(experiment: Experiment) -> str | None:
-    if experiment.training.precision != "fp32":
-        return "rounding of bf16 hides small errors: checked only with training.precision fp32"
+    if (precision := experiment.training.precision) != "fp32":
+        return f"rounding of {precision} hides small errors: checked only with precision fp32"
     if parameter_count(experiment.model) >= _LOGIT_PARAMETERS:
         return "transformers would need the whole model on one device: checked below 1e9 parameters"
     return None

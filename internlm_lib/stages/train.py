@@ -46,8 +46,13 @@ def check_inputs(stage: Stage) -> list[dict[str, Any]]:
                 "layout": layout.label,
                 "ranks": layout.world_size,
                 "device": device.name,
-                "micro-batches per step": training.num_micro_batches(layout),
-                "tokens per step": training.global_batch_size * training.seq_length,
+                "micro-batches per step": _span(
+                    training.num_micro_batches(layout, 1), training.num_micro_batches(layout)
+                ),
+                "tokens per step": _span(
+                    training.batch_size(1) * training.seq_length,
+                    training.global_batch_size * training.seq_length,
+                ),
                 "steps": training.train_iters,
                 "layers recomputed": plan.num_layers if plan else training.recompute_granularity,
             }
@@ -62,7 +67,14 @@ def draw_schedule(stage: Stage) -> Path:
     training = stage.experiment.training
     stride = max(1, training.train_iters // _CURVE_POINTS)
     steps = [*range(1, training.train_iters, stride), training.train_iters]
-    rows = [{"step": step, "learning_rate": learning_rate(training, step)} for step in steps]
+    rows = [
+        {
+            "step": step,
+            "learning_rate": learning_rate(training, step),
+            "global_batch_size": training.batch_size(step),
+        }
+        for step in steps
+    ]
     stage.table("schedule", rows)
     return stage.figure("schedule", schedule_figure(rows))
 
@@ -149,6 +161,11 @@ def _train_role(stage: Stage, role: str, show: Callable[[str], None]) -> None:
         on_tick=lambda: show(f"{role}: {progress.text() or 'starting'}"),
     )
     show(f"{role}: {progress.text()}")
+
+
+def _span(first: int, full: int) -> int | str:
+    """One number, or two where the batch ramps up."""
+    return full if first == full else f"{first} to {full}"
 
 
 def _trainings(stage: Stage) -> dict[str, LoggedTraining]:

@@ -20,6 +20,9 @@ STEP_METRICS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
     "lr": "train/lr",
+    "loss_scale": "train/loss_scale",
+    "skipped": "train/skipped",
+    "global_batch_size": "train/global_batch_size",
     "step_seconds": "perf/step_seconds",
     "tokens_per_second_per_device": "perf/tokens_per_second_per_device",
     "model_tflops_per_device": "perf/model_tflops_per_device",
@@ -27,10 +30,16 @@ STEP_METRICS = {
 }
 """Field of a `step` event → MLflow metric."""
 
+HELD_OUT_METRICS = {"validation": "eval/loss", "test": "test/loss"}
+"""Event of a loss on samples that are not trained on → MLflow metric."""
+
 TRAINING_STAGE = "03_train"
 
 _SUMMARY_METRICS = ("train/loss", "train/grad_norm", "perf/tokens_per_second_per_device")
-_TRAINING_TAGS = ("role", "engine", "layout", "world_size", "device", "device_name", "precision")
+_TRAINING_TAGS = (
+    "role", "engine", "layout", "world_size", "device", "device_name", "precision", "seed",
+    "deterministic_mode", "predecessor_decay",
+)  # fmt: skip
 _TRAINING_PARAMS = ("train_iters", "tokens_per_step", "parameters")
 _STAGE_ENDS: dict[str, Status] = {"done": "FINISHED", "failed": "FAILED"}
 
@@ -164,8 +173,8 @@ class TrainingReplay:
                 self._start(event)
             elif event["event"] == "step":
                 self._step(event)
-            elif event["event"] == "validation":
-                self._add({"eval/loss": event["loss"]}, event)
+            elif event["event"] in HELD_OUT_METRICS:
+                self._add({HELD_OUT_METRICS[event["event"]]: event["loss"]}, event)
             elif event["event"] == "end":
                 self._flush()
                 self._close("FINISHED" if event["status"] == "done" else "FAILED", event["time"])
@@ -213,7 +222,10 @@ class TrainingReplay:
         return mirror
 
     def _step(self, event: dict[str, Any]) -> None:
-        self._add({name: event.get(key) for key, name in STEP_METRICS.items()}, event)
+        values = {name: event.get(key) for key, name in STEP_METRICS.items()}
+        if "skipped" in event:  # a curve of 0 and 1: MLflow has no metrics of truth values
+            values[STEP_METRICS["skipped"]] = int(event["skipped"])
+        self._add(values, event)
 
     def _add(self, values: Mapping[str, Any], event: dict[str, Any]) -> None:
         mirror = self.mirror or self._open(event["time"], {"role": self.role})

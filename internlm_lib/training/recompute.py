@@ -11,15 +11,15 @@ from internlm_lib.experiment.schema import Experiment, Layout
 from internlm_lib.model.arithmetic import layer_parameter_count
 
 _MIB = 1 << 20
-_VALUE_BYTES = {"fp32": 4, "bf16": 2}
-_REPLICATED_BYTES = {"fp32": 8, "bf16": 6}
+_VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_REPLICATED_BYTES = {"fp32": 8, "bf16": 6, "fp16": 6}
 """Per parameter on every data parallel rank: the weight, and its gradient in fp32."""
-_SHARDED_BYTES = {"fp32": 8, "bf16": 12}
+_SHARDED_BYTES = {"fp32": 8, "bf16": 12, "fp16": 12}
 """Per parameter, shared out by ZeRO: two Adam moments, and under bf16 the fp32 weight."""
-_SPELLED_OUT_NORM = {"fp32": 3, "bf16": 4}
+_SPELLED_OUT_NORM = {"fp32": 3, "bf16": 4, "fp16": 4}
 """Values saved per value normalised: the input in fp32, the normalised value, the output. The fused
 operator saves its input and its output."""
-_SCORES = {"fp32": 1, "bf16": 3}
+_SCORES = {"fp32": 1, "bf16": 3, "fp16": 3}
 """Values saved per attention score without flash attention: fp32 probabilities, a bf16 copy."""
 
 

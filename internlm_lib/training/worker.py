@@ -1,5 +1,6 @@
 """One rank of a training: `python -m internlm_lib.training.worker RUN_FOLDER ROLE`."""
 
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from internlm_lib.journal import Journal
 from internlm_lib.model.arithmetic import model_flops_per_token, parameter_count
 from internlm_lib.ranks.rank import rank_main
 from internlm_lib.run_folder import RunFolder
+from internlm_lib.training.determinism import VARIABLES, make_deterministic
 from internlm_lib.training.recompute import RecomputePlan, plan_recompute
 from internlm_lib.weights.start import starting_folder
 
@@ -27,6 +29,8 @@ def train_role(folder: RunFolder, role: str) -> None:
     """Train one layout of the run's experiment from the run's weights."""
     _, experiment = load_experiment(folder.experiment)
     layout = experiment.layout(role)
+    if experiment.training.deterministic_mode:
+        make_deterministic()
     device = select_device(experiment.parallel.device)
     device.adapt_megatron()
     _train(folder, role, experiment, layout, device)
@@ -41,7 +45,7 @@ def _train(
     from internlm_lib.data.batches import BatchStream, build_datasets, data_order_sha256
     from internlm_lib.model.build import build_chunks
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
-    from internlm_lib.training.loop import Throughput, train
+    from internlm_lib.training.loop import Throughput, held_out_loss, train
     from internlm_lib.weights.megatron import load_weights, save_weights
 
     training, files = experiment.training, folder.training(role)
@@ -49,7 +53,7 @@ def _train(
         layout, device, seed=training.seed,
         timeout_minutes=experiment.parallel.distributed_timeout_minutes,
     )  # fmt: skip
-    train_data, valid_data = build_datasets(
+    train_data, valid_data, test_data = build_datasets(
         folder.corpus_prefix, experiment.data, training, experiment.model.vocab_size
     )
     plan = plan_recompute(experiment, layout)
@@ -71,9 +75,7 @@ def _train(
         device=device.current(),
     )
     throughput = Throughput(
-        training.global_batch_size * training.seq_length,
-        layout.world_size,
-        model_flops_per_token(experiment.model, training.seq_length),
+        layout.world_size, model_flops_per_token(experiment.model, training.seq_length)
     )
 
     def save(path: Path) -> None:
@@ -88,10 +90,14 @@ def _train(
         record("start", **_start(role, experiment, layout, device, plan, hashes))
     train(
         engine, stream(train_data), stream(valid_data) if valid_data else None,
-        training=training, layout=layout, device=device, throughput=throughput, record=record,
+        training=training, optimizer=experiment.optimizer, layout=layout, device=device,
+        throughput=throughput, record=record,
         save=lambda step: save(files.checkpoint_of(step)),
     )  # fmt: skip
     save(files.checkpoint)
+    if test_data:
+        loss = held_out_loss(engine, stream(test_data), 0, training, layout)
+        record("test", step=training.train_iters, loss=loss)
     record("end", status="done", seconds=time.time() - begin)
     shutdown()
 
@@ -140,6 +146,10 @@ def _start(
         "device": device.name,
         "device_name": device.description(),
         "precision": training.precision,
+        "seed": training.seed,
+        "deterministic_mode": training.deterministic_mode,
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
+        "predecessor_decay": experiment.optimizer.predecessor_decay,
         "train_iters": training.train_iters,
         "first_step": 1,
         "tokens_per_step": training.global_batch_size * training.seq_length,

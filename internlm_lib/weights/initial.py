@@ -26,7 +26,7 @@ def write_random(folder: Path, model: ModelSection, seed: int, precision: str) -
     neither on the order of writing nor on a layout. Norms are 1, biases 0.
 
     Args:
-        precision: "fp32" or "bf16", which the tensors are stored in.
+        precision: "fp32", "bf16" or "fp16", which the tensors are stored in.
     """
     dtype, shapes, kind = DTYPES[precision], huggingface_shapes(model), FORMATS["huggingface"]
     target = Target(model, partition(model), dict.fromkeys(shapes, dtype))

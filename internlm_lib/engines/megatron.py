@@ -3,7 +3,8 @@
 Import only after `Device.adapt_megatron()`.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,12 +18,15 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
-from internlm_lib.engines.base import StepResult, masked_mean
+from internlm_lib.engines.base import Accept, StepResult, masked_mean
+from internlm_lib.engines.fragments import Fragment, adam_step, set_adam_step
+from internlm_lib.engines.megatron_state import fragments, torch_optimizers
 from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSection
 
 
@@ -53,7 +57,9 @@ class MegatronEngine:
         gpt.config.grad_scale_func = self._optimizer.scale_loss
         gpt.config.no_sync_func = self._model.no_sync
 
-    def train_step(self, batches: Iterator[Batch], num_micro_batches: int, lr: float) -> StepResult:
+    def train_step(
+        self, batches: Iterator[Batch], num_micro_batches: int, lr: float, accept: Accept
+    ) -> StepResult:
         self._model.zero_grad_buffer()
         self._optimizer.zero_grad()
         for group in self._optimizer.param_groups:
@@ -61,8 +67,7 @@ class MegatronEngine:
             # Megatron leaves a group's own decay to its scheduler, which this loop replaces.
             group["weight_decay"] = self._optimizer_section.weight_decay * group["wd_mult"]
         loss = self._forward_backward(batches, num_micro_batches, forward_only=False)
-        _, grad_norm, _ = self._optimizer.step()
-        return StepResult(loss, float(grad_norm))
+        return self._update(loss, accept)
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         self._model.eval()
@@ -73,6 +78,26 @@ class MegatronEngine:
     @contextmanager
     def whole_weights(self) -> Iterator[GPTModel]:
         yield self._gpt
+
+    def fragments(self) -> Iterator[Fragment]:
+        return fragments(self._optimizer)
+
+    def counters(self) -> dict[str, Any]:
+        return {"adam_step": adam_step(torch_optimizers(self._optimizer))}
+
+    def set_counters(self, counters: Mapping[str, Any]) -> None:
+        set_adam_step(torch_optimizers(self._optimizer), counters["adam_step"])
+
+    def _update(self, loss: float, accept: Accept) -> StepResult:
+        """`MegatronOptimizer.step`, which tells the norm only after the weights have changed."""
+        overflow = self._optimizer.prepare_grads()
+        grad_norm = float("inf") if overflow else float(self._optimizer.get_grad_norm())
+        applied = math.isfinite(grad_norm) and accept(loss)
+        if applied:
+            if limit := self._optimizer_section.clip_grad:
+                clip_grad_by_total_norm_fp32(self._optimizer.get_parameters(), limit, grad_norm)
+            self._optimizer.step_with_ready_grads()
+        return StepResult(loss, grad_norm, applied)
 
     def _forward_backward(
         self, batches: Iterator[Batch], num_micro_batches: int, *, forward_only: bool

@@ -3,7 +3,8 @@
 Import only after `Device.adapt_megatron()`.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,9 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
-from internlm_lib.engines.base import StepResult, decays, masked_mean
+from internlm_lib.engines.base import Accept, StepResult, decays, masked_mean
+from internlm_lib.engines.fragments import Fragment, adam_step, set_adam_step
+from internlm_lib.engines.zero_state import fragments, torch_optimizer
 from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSection
 
 
@@ -41,16 +44,27 @@ class ZeroEngine:
             mpu=_Topology(),
         )
 
-    def train_step(self, batches: Iterator[Batch], num_micro_batches: int, lr: float) -> StepResult:
+    def train_step(
+        self, batches: Iterator[Batch], num_micro_batches: int, lr: float, accept: Accept
+    ) -> StepResult:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        losses = []
-        for _ in range(num_micro_batches):
+        losses: list[Tensor] = []
+        mean = math.nan
+        for micro_batch in range(num_micro_batches):
             loss = self._loss(next(batches))
+            losses.append(loss.detach().clone())
+            if micro_batch == num_micro_batches - 1:
+                mean = _mean_over_job(losses)
+                if not accept(mean):
+                    # DeepSpeed cannot be told to leave out an update, except by a gradient that is
+                    # not finite, which it drops on every rank.
+                    loss = loss * math.nan
             self._engine.backward(loss)
             self._engine.step()
-            losses.append(loss.detach().clone())
-        return StepResult(_mean_over_job(losses), float(self._engine.get_global_grad_norm()))
+        return StepResult(
+            mean, float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
+        )
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         self._engine.eval()
@@ -66,6 +80,15 @@ class ZeroEngine:
         partitioned = list(self._gpt.parameters()) if self._stage == 3 else []
         with deepspeed.zero.GatheredParameters(partitioned):
             yield self._gpt
+
+    def fragments(self) -> Iterator[Fragment]:
+        return fragments(self._optimizer, list(self._gpt.parameters()), self._stage)
+
+    def counters(self) -> dict[str, Any]:
+        return {"adam_step": adam_step([torch_optimizer(self._optimizer)])}
+
+    def set_counters(self, counters: Mapping[str, Any]) -> None:
+        set_adam_step([torch_optimizer(self._optimizer)], counters["adam_step"])
 
     def _loss(self, batch: Batch) -> Tensor:
         losses = self._engine(batch.tokens, batch.position_ids, None, labels=batch.labels)

@@ -13,6 +13,7 @@ from torch import Tensor
 from internlm_lib.devices import Device
 from internlm_lib.experiment.schema import Layout, ModelSection, TrainingSection
 from internlm_lib.model.arithmetic import padded_vocab_size
+from internlm_lib.model.gpt import InternLM
 from internlm_lib.model.precision import DTYPES
 from internlm_lib.model.spec import layer_spec, norm_spec
 
@@ -37,7 +38,8 @@ def build_gpt_model(
         use_flash_attn=training.use_flash_attn,
         use_fused_rmsnorm=training.use_fused_rmsnorm,
     )
-    gpt = GPTModel(
+    gpt = InternLM(
+        real_vocab_size=model.vocab_size,
         config=config,
         transformer_layer_spec=_block_spec(config, spec, training.use_fused_rmsnorm),
         vocab_size=padded_vocab_size(model, layout.tensor_model_parallel_size),

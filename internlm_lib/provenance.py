@@ -27,6 +27,10 @@ _HOW_NOT_WHAT = {
         "eval_interval",
         "eval_iters",
         "save_interval",
+        "keep_checkpoints",
+        "async_save",
+        "max_restarts",
+        "hang_timeout_seconds",
     ),
 }
 """Keys that change how an experiment is computed or where its files lie, not what it computes.

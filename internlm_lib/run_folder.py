@@ -134,6 +134,7 @@ class TrainingFolder:
         """The weights after the last step, as a Megatron distributed checkpoint."""
         return self.path / "checkpoint"
 
-    def checkpoint_of(self, step: int) -> Path:
-        """The weights after one of the steps between (`training.save_interval`)."""
-        return self.path / "checkpoints" / f"step-{step:07}"
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the states on the way, to resume from (`training.save_interval`)."""
+        return self.path / "checkpoints"

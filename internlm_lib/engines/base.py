@@ -1,15 +1,16 @@
 """What a training loop may ask of an engine. Import only after `Device.adapt_megatron()`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
+from internlm_lib.engines.fragments import Fragment
 from internlm_lib.experiment.schema import Layout, OptimizerSection
 
 
@@ -23,16 +24,22 @@ class StepResult:
     """Global L2 norm of the gradient before clipping, measured with `clip_grad` 0 too; of a
     gradient that is not finite, infinity or NaN."""
     skipped: bool = False
-    """The gradient was not finite, so the weights and the optimizer are as they were."""
+    """Refused, or the gradient was not finite: the weights and the optimizer are as they were."""
     loss_scale: float | None = None
     """What the loss was multiplied by for this step's backward pass; None without fp16."""
+
+
+Accept = Callable[[float], bool]
+"""Told the mean loss of a step before the update; False leaves the weights as they are."""
 
 
 class Engine(Protocol):
     """One way to take a training step; built around one rank's part of the model."""
 
-    def train_step(self, batches: Iterator[Batch], num_micro_batches: int, lr: float) -> StepResult:
-        """Forward, backward, clip and update with learning rate `lr`. Collective."""
+    def train_step(
+        self, batches: Iterator[Batch], num_micro_batches: int, lr: float, accept: Accept
+    ) -> StepResult:
+        """Forward, backward, clip and, if `accept` does, update with rate `lr`. Collective."""
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         """Mean loss in nats per token, without an update. Collective."""
@@ -43,6 +50,15 @@ class Engine(Protocol):
         One GPTModel, or the chunks of an interleaved layout. Collective, as is the end of the
         block.
         """
+
+    def fragments(self) -> Iterator[Fragment]:
+        """All that this rank's optimizer keeps of its parameters; of a new one, zero moments."""
+
+    def counters(self) -> dict[str, Any]:
+        """What an exact resume needs beside the fragments, as JSON: Adam's step, loss scaling."""
+
+    def set_counters(self, counters: Mapping[str, Any]) -> None:
+        """Take over what another engine's `counters` gave; call it after filling `fragments`."""
 
 
 def masked_mean(losses: Tensor, loss_mask: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Import only after `Device.adapt_megatron()`.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import tee
@@ -27,7 +27,10 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
-from internlm_lib.engines.base import StepResult, decays, masked_mean
+from internlm_lib.engines.base import Accept, StepResult, decays, masked_mean
+from internlm_lib.engines.fragments import Fragment, adam_step, set_adam_step
+from internlm_lib.engines.loss_scale import scaler_counters, set_scaler_counters
+from internlm_lib.engines.megatron_state import fragments, grad_scaler, torch_optimizers
 from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSection
 from internlm_lib.model.precision import DTYPES
 
@@ -62,7 +65,9 @@ class MegatronEngine:
         if len(chunks) == 1:
             (config.no_sync_func,) = config.no_sync_func
 
-    def train_step(self, batches: Iterator[Batch], num_micro_batches: int, lr: float) -> StepResult:
+    def train_step(
+        self, batches: Iterator[Batch], num_micro_batches: int, lr: float, accept: Accept
+    ) -> StepResult:
         for chunk in self._model:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -72,25 +77,25 @@ class MegatronEngine:
             group["weight_decay"] = self._optimizer_section.weight_decay * group["wd_mult"]
         loss = self._forward_backward(batches, num_micro_batches, forward_only=False)
         scale = float(self._optimizer.get_loss_scale()) if self._fp16 else None
-        grad_norm = self._update()
-        return StepResult(loss, grad_norm, not math.isfinite(grad_norm), scale)
+        grad_norm, applied = self._update(loss, accept)
+        return StepResult(loss, grad_norm, not applied, scale)
 
-    def _update(self) -> float:
-        """Clip and apply the gradient; returns its norm, not finite if it was not applied.
+    def _update(self, loss: float, accept: Accept) -> tuple[float, bool]:
+        """Clip and apply the gradient; returns its norm, and whether it was applied.
 
         Megatron's own step measures no norm of an overflow, and without fp16 applies what is not
         finite.
         """
         if self._optimizer.prepare_grads():  # unscales; the loss scale follows what it finds
-            return math.inf
+            return math.inf, False
         grad_norm = float(self._optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
-            return grad_norm
+        if not math.isfinite(grad_norm) or not accept(loss):
+            return grad_norm, False
         if clip_grad := self._optimizer_section.clip_grad:
             parameters = self._optimizer.get_parameters()
             clip_grad_by_total_norm_fp32(parameters, clip_grad, grad_norm)
         self._optimizer.step_with_ready_grads()
-        return grad_norm
+        return grad_norm, True
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         with self._parameters_gathered():
@@ -115,6 +120,17 @@ class MegatronEngine:
         yield
         for chunk in self._model if self._overlaps_gather else []:
             chunk.enable_forward_pre_hook()
+
+    def fragments(self) -> Iterator[Fragment]:
+        return fragments(self._optimizer)
+
+    def counters(self) -> dict[str, Any]:
+        step = adam_step(torch_optimizers(self._optimizer))
+        return {"adam_step": step, **scaler_counters(grad_scaler(self._optimizer))}
+
+    def set_counters(self, counters: Mapping[str, Any]) -> None:
+        set_adam_step(torch_optimizers(self._optimizer), counters["adam_step"])
+        set_scaler_counters(grad_scaler(self._optimizer), counters)
 
     def _forward_backward(
         self, batches: Iterator[Batch], num_micro_batches: int, *, forward_only: bool

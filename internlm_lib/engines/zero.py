@@ -3,7 +3,8 @@
 Import only after `Device.adapt_megatron()`.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +19,10 @@ from megatron.core.optimizer.grad_scaler import (
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
-from internlm_lib.engines.base import StepResult, decays, masked_mean
+from internlm_lib.engines.base import Accept, StepResult, decays, masked_mean
+from internlm_lib.engines.fragments import Fragment, adam_step, set_adam_step
+from internlm_lib.engines.loss_scale import scaler_counters, set_scaler_counters
+from internlm_lib.engines.zero_state import fragments, torch_optimizer
 from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSection
 
 
@@ -48,24 +52,34 @@ class ZeroEngine:
             mpu=_Topology(),
         )
 
-    def train_step(self, batches: Iterator[Batch], num_micro_batches: int, lr: float) -> StepResult:
+    def train_step(
+        self, batches: Iterator[Batch], num_micro_batches: int, lr: float, accept: Accept
+    ) -> StepResult:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         scale = self._set_loss_scale()
         self._engine.set_train_batch_size(num_micro_batches * self._batch_unit)
-        losses = []
+        losses: list[Tensor] = []
+        mean, accepted = math.nan, True
         for index in range(num_micro_batches):
             # DeepSpeed counts micro-batches from the first step on, as if all had equally many.
             self._engine.set_gradient_accumulation_boundary(index == num_micro_batches - 1)
             loss = self._loss(next(batches))
+            losses.append(loss.detach().clone())
+            if index == num_micro_batches - 1:
+                mean = _mean_over_job(losses)
+                accepted = accept(mean)
+                if not accepted:
+                    # DeepSpeed cannot be told to leave out an update, except by a gradient that is
+                    # not finite, which it drops on every rank.
+                    loss = loss * math.nan
             self._engine.backward(loss)
             self._engine.step()
-            losses.append(loss.detach().clone())
         overflow = bool(self._engine.optimizer.overflow)
         if self._grad_scaler:
-            self._grad_scaler.update(overflow)
+            self._grad_scaler.update(overflow and accepted)
         norm = float(self._engine.get_global_grad_norm())
-        return StepResult(_mean_over_job(losses), norm, overflow, scale)
+        return StepResult(mean, norm, overflow, scale)
 
     def _set_loss_scale(self) -> float | None:
         """Megatron's scaler decides, so that both engines scale alike.
@@ -93,6 +107,17 @@ class ZeroEngine:
         partitioned = list(self._gpt.parameters()) if self._stage == 3 else []
         with deepspeed.zero.GatheredParameters(partitioned):
             yield [self._gpt]
+
+    def fragments(self) -> Iterator[Fragment]:
+        return fragments(self._optimizer, list(self._gpt.parameters()), self._stage)
+
+    def counters(self) -> dict[str, Any]:
+        step = adam_step([torch_optimizer(self._optimizer)])
+        return {"adam_step": step, **scaler_counters(self._grad_scaler)}
+
+    def set_counters(self, counters: Mapping[str, Any]) -> None:
+        set_adam_step([torch_optimizer(self._optimizer)], counters["adam_step"])
+        set_scaler_counters(self._grad_scaler, counters)
 
     def _loss(self, batch: Batch) -> Tensor:
         losses = self._engine(batch.tokens, batch.position_ids, None, labels=batch.labels)

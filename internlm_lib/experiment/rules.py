@@ -290,6 +290,22 @@ def _one_recompute(e: Experiment) -> Iterator[str]:
         )
 
 
+@_rule("training.bad_step_policy", "training.max_restarts", "training.save_interval")
+def _rollback_needs_a_checkpoint(e: Experiment) -> Iterator[str]:
+    if e.training.bad_step_policy != "rollback":
+        return
+    if e.training.save_interval is None:
+        yield (
+            "training.bad_step_policy = 'rollback' needs checkpoints to go back to; set "
+            "training.save_interval, or choose stop or skip_batch"
+        )
+    if e.training.max_restarts == 0:
+        yield (
+            "training.bad_step_policy = 'rollback' starts the ranks again, and "
+            "training.max_restarts = 0 forbids it; set it to at least 1"
+        )
+
+
 @_rule("parallel.reference", "parallel.reference_run")
 def _one_reference(e: Experiment) -> Iterator[str]:
     if e.parallel.reference and e.parallel.reference_run:

@@ -187,7 +187,20 @@ class TrainingSection(Section):
     eval_iters: CountOrZero = 0
     """Batches per validation loss, and of the test loss after the last step; 0 turns both off."""
     save_interval: Count | None = None
-    """Steps between checkpoints; null saves only after the last step."""
+    """Steps between checkpoints to resume from; null writes one only when asked to stop."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints that stay; that of the lowest validation loss stays besides."""
+    async_save: Flag = True
+    """Write checkpoints while the training goes on; false: the training waits for the disk."""
+    max_restarts: CountOrZero = 0
+    """How often a training that failed is started again, from its last checkpoint."""
+    hang_timeout_seconds: Positive | None = 1800.0
+    """Without an event in the journal for so long, the ranks are stopped; null never does."""
+    bad_step_policy: Literal["stop", "skip_batch", "rollback"] = "stop"
+    """What follows a step whose loss is not finite or a spike, its update left out: `stop` the
+    training, take the next batch, or go back to the last checkpoint and on after that batch."""
+    loss_spike_factor: Annotated[Number, Field(gt=1)] | None = None
+    """A loss above this × the median of the last 32 steps is a spike; null: none is."""
 
     @property
     def decay_iters(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from internlm_lib.devices import Device
 from internlm_lib.experiment.schema import Layout, ModelSection, TrainingSection
 from internlm_lib.model.arithmetic import padded_vocab_size
+from internlm_lib.model.gpt import InternLM
 from internlm_lib.model.precision import DTYPES
 from internlm_lib.model.spec import layer_spec, norm_spec
 
@@ -39,17 +40,14 @@ def build_gpt_model(
         use_flash_attn=training.use_flash_attn,
         use_fused_rmsnorm=training.use_fused_rmsnorm,
     )
-    gpt = GPTModel(
+    gpt = InternLM(
+        real_vocab_size=model.vocab_size,
         config=config,
         transformer_layer_spec=_block_spec(config, spec, training.use_fused_rmsnorm),
         vocab_size=padded_vocab_size(model, layout.tensor_model_parallel_size),
         max_sequence_length=model.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(
-            ignore_virtual=False, vp_stage=vp_stage
-        ),
-        post_process=parallel_state.is_pipeline_last_stage(
-            ignore_virtual=False, vp_stage=vp_stage
-        ),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",

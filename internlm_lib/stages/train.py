@@ -3,7 +3,6 @@
 The work is done in ranks (`training/worker.py`); this process starts them and follows the journal.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from internlm_lib.data.indexed import token_files
 from internlm_lib.devices import select_device
 from internlm_lib.devices.base import check_world_size
 from internlm_lib.errors import KitError
-from internlm_lib.ranks.launch import launch
 from internlm_lib.reporting.loss import LoggedTraining, read_training
 from internlm_lib.reporting.performance import throughput
 from internlm_lib.stages.stage import Stage
-from internlm_lib.training.progress import TrainingProgress
 from internlm_lib.training.recompute import plan_recompute
 from internlm_lib.training.schedule import learning_rate
+from internlm_lib.training.supervise import train_role
 from internlm_lib.weights.start import starting_folder
 
 _CURVE_POINTS = 200
@@ -85,10 +83,11 @@ def train(stage: Stage, show: Callable[[str], None] = lambda text: None) -> list
     Args:
         show: told the latest step, loss, tokens/s and time left, in a line of text.
     Raises:
-        WorkerError: a rank failed.
+        WorkerError: a rank failed, or all hung, and no restart is left.
+        StoppedError: asked to stop; the same command goes on from there.
     """
     for role in stage.experiment.roles:
-        _train_role(stage, role, show)
+        train_role(stage.folder, stage.experiment, role, show)
     rows = [
         {"training": role, "layout": training.start["layout"], **_numbers(training)}
         for role, training in _trainings(stage).items()
@@ -145,22 +144,6 @@ def run(stage: Stage, show: Callable[[str], None] = lambda text: None) -> dict[s
     result = summarize(stage)
     check_losses(result)
     return result
-
-
-def _train_role(stage: Stage, role: str, show: Callable[[str], None]) -> None:
-    files = stage.folder.training(role)
-    shutil.rmtree(files.checkpoint, ignore_errors=True)
-    shutil.rmtree(files.checkpoint.with_name("checkpoints"), ignore_errors=True)
-    progress = TrainingProgress(files.journal)
-    launch(
-        "internlm_lib.training.worker",
-        stage.folder,
-        role,
-        world_size=stage.experiment.layout(role).world_size,
-        logs=files.logs,
-        on_tick=lambda: show(f"{role}: {progress.text() or 'starting'}"),
-    )
-    show(f"{role}: {progress.text()}")
 
 
 def _span(first: int, full: int) -> int | str:

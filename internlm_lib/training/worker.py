@@ -14,8 +14,10 @@ from internlm_lib.files import read_json
 from internlm_lib.journal import Journal
 from internlm_lib.model.arithmetic import model_flops_per_token, parameter_count
 from internlm_lib.ranks.rank import rank_main
+from internlm_lib.ranks.stopping import StopRequest
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.training.determinism import VARIABLES, make_deterministic
+from internlm_lib.training.guard import StepGuard
 from internlm_lib.training.recompute import RecomputePlan, plan_recompute
 from internlm_lib.weights.start import starting_folder
 
@@ -26,18 +28,24 @@ if TYPE_CHECKING:
 
 
 def train_role(folder: RunFolder, role: str) -> None:
-    """Train one layout of the run's experiment from the run's weights."""
+    """Train one layout of the run's experiment, from the run's weights or its last checkpoint."""
     _, experiment = load_experiment(folder.experiment)
     layout = experiment.layout(role)
     if experiment.training.deterministic_mode:
         make_deterministic()
     device = select_device(experiment.parallel.device)
+    stop = StopRequest()
     device.adapt_megatron()
-    _train(folder, role, experiment, layout, device)
+    _train(folder, role, experiment, layout, device, stop)
 
 
 def _train(
-    folder: RunFolder, role: str, experiment: Experiment, layout: Layout, device: Device
+    folder: RunFolder,
+    role: str,
+    experiment: Experiment,
+    layout: Layout,
+    device: Device,
+    stop: StopRequest,
 ) -> None:
     # These import megatron, which must be adapted to the device first.
     from megatron.core import parallel_state
@@ -45,7 +53,9 @@ def _train(
     from internlm_lib.data.batches import BatchStream, build_datasets, data_order_sha256
     from internlm_lib.model.build import build_chunks
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
-    from internlm_lib.training.loop import Throughput, held_out_loss, train
+    from internlm_lib.training.checkpoint import CheckpointWriter, restore
+    from internlm_lib.training.loop import Throughput, TrainingLoop, held_out_loss
+    from internlm_lib.training.resume import find_start
     from internlm_lib.weights.megatron import load_weights, save_weights
 
     training, files = experiment.training, folder.training(role)
@@ -53,6 +63,7 @@ def _train(
         layout, device, seed=training.seed,
         timeout_minutes=experiment.parallel.distributed_timeout_minutes,
     )  # fmt: skip
+    record = Journal(files.journal).write if is_rank_zero() else _record_nothing
     train_data, valid_data, test_data = build_datasets(
         folder.corpus_prefix, experiment.data, training, experiment.model.vocab_size
     )
@@ -62,9 +73,16 @@ def _train(
         recompute_num_layers=plan.num_layers if plan else 0,
     )  # fmt: skip
     weights = starting_folder(folder, experiment.model)
-    load_weights(chunks, weights, experiment.model)
-    weights_sha256 = _weights_sha256(folder, weights, experiment.model)
+    hashes = {
+        "config_sha256": provenance.sha256_of_experiment(experiment),
+        "data_sha256": data_order_sha256(train_data),
+        "weights_sha256": _weights_sha256(folder, weights, experiment.model),
+    }
+    start = find_start(files, hashes, record)
+    load_weights(chunks, start.checkpoint or weights, experiment.model)
     engine = build_engine(chunks, layout, experiment)
+    if start.checkpoint:
+        restore(engine, chunks, start.checkpoint, experiment.model)
 
     stream = partial(
         BatchStream,
@@ -74,27 +92,37 @@ def _train(
         data_parallel_size=layout.data_parallel_size,
         device=device.current(),
     )
-    throughput = Throughput(
-        layout.world_size, model_flops_per_token(experiment.model, training.seq_length)
-    )
-
-    def save(path: Path) -> None:
-        with engine.whole_weights() as weights:
-            save_weights(weights, path, experiment.model)
-
-    record = Journal(files.journal).write if is_rank_zero() else _record_nothing
     begin = time.time()
-    if is_rank_zero():
-        data_sha256 = data_order_sha256(train_data)
-        hashes = {"data_sha256": data_sha256, "weights_sha256": weights_sha256}
-        record("start", **_start(role, experiment, layout, device, plan, hashes))
-    train(
-        engine, stream(train_data), stream(valid_data) if valid_data else None,
-        training=training, optimizer=experiment.optimizer, layout=layout, device=device,
-        throughput=throughput, record=record,
-        save=lambda step: save(files.checkpoint_of(step)),
-    )  # fmt: skip
-    save(files.checkpoint)
+    record(
+        "start",
+        **_start(role, experiment, layout, device, plan, hashes),
+        first_step=start.position.step + 1,
+        resumed_from=start.checkpoint.name if start.checkpoint else None,
+    )
+    TrainingLoop(
+        engine=engine,
+        chunks=chunks,
+        batches=stream(train_data),
+        validation=stream(valid_data) if valid_data else None,
+        training=training,
+        optimizer=experiment.optimizer,
+        layout=layout,
+        device=device,
+        throughput=Throughput(
+            layout.world_size, model_flops_per_token(experiment.model, training.seq_length)
+        ),
+        record=record,
+        checkpoints=CheckpointWriter(
+            files.checkpoints, folder.experiment, experiment.model, device.current(), record,
+            keep=training.keep_checkpoints, asynchronous=training.async_save,
+        ),
+        facts={"role": role, "layout": layout.label, **hashes},
+        guard=StepGuard(training.loss_spike_factor, start.recent_losses),
+        stop_requested=lambda: stop.requested,
+        position=start.position,
+    ).run()  # fmt: skip
+    with engine.whole_weights() as whole:
+        save_weights(whole, files.checkpoint, experiment.model)
     if test_data:
         loss = held_out_loss(engine, stream(test_data), 0, training, layout)
         record("test", step=training.train_iters, loss=loss)
@@ -151,12 +179,10 @@ def _start(
         "environment": {name: os.environ.get(name) for name in VARIABLES},
         "predecessor_decay": experiment.optimizer.predecessor_decay,
         "train_iters": training.train_iters,
-        "first_step": 1,
         "tokens_per_step": training.global_batch_size * training.seq_length,
         "parameters": parameter_count(experiment.model),
         "recompute_num_layers": plan.num_layers if plan else None,
         "tags": {
-            "config_sha256": provenance.sha256_of_experiment(experiment),
             **hashes,
             "environment_sha256": provenance.environment_sha256(),
             "git_commit": provenance.git_state(checkout)["git_commit"],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from internlm_lib.errors import InputError
 from internlm_lib.experiment.schema import ModelSection
-from internlm_lib.weights import classic, huggingface, torch_dist, zero
+from internlm_lib.weights import classic, huggingface, torch_dist, training_state, zero
 from internlm_lib.weights.checkpoint import Checkpoint, assemble
 from internlm_lib.weights.layout import huggingface_shapes
 from internlm_lib.weights.model_config import CONFIG, read_model
@@ -15,9 +15,13 @@ from internlm_lib.weights.storage import StoredTensor
 
 
 @dataclass(frozen=True)
-class Format:
+class Reader:
     recognises: Callable[[Path], bool]
     open: Callable[[Path, ModelSection | None], Checkpoint]
+
+
+@dataclass(frozen=True)
+class Format(Reader):
     plan: Callable[[Target], list[PlannedFile]]
     create: Callable[[Path, PlannedFile, Target], None]
     """Write a file with holes in the place of its tensors."""
@@ -66,6 +70,14 @@ FORMATS = {
     ),
 }
 
+"""What can be written, too."""
+
+READERS: dict[str, Reader] = {
+    # First: it has a safetensors file and a config.json, as a Hugging Face folder has.
+    "training": Reader(training_state.is_training_state, training_state.open_training_state),
+    **FORMATS,
+}
+
 
 def open_checkpoint(path: Path, model: ModelSection | None = None) -> Checkpoint:
     """Weights in any of the formats, which is recognised.
@@ -78,7 +90,7 @@ def open_checkpoint(path: Path, model: ModelSection | None = None) -> Checkpoint
     """
     if not path.is_dir():
         raise InputError(f"{path} is no folder; give the folder of a checkpoint")
-    for known in FORMATS.values():
+    for known in READERS.values():
         if known.recognises(path):
             if model is None and (path / CONFIG).is_file():
                 model = read_model(path / CONFIG)
@@ -88,7 +100,7 @@ def open_checkpoint(path: Path, model: ModelSection | None = None) -> Checkpoint
     raise InputError(
         f"{path} holds no checkpoint that is known. Looked for: safetensors or pytorch_model files "
         "(huggingface), .metadata (megatron), latest_checkpointed_iteration.txt or mp_rank_* "
-        "folders (classic), latest or mp_rank_*_model_states.pt (deepspeed)"
+        "folders (classic), latest or mp_rank_*_model_states.pt (deepspeed), state.json (training)"
     )
 
 
@@ -112,7 +124,7 @@ def checkpoints_below(path: Path) -> list[Path]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    return any(known.recognises(path) for known in FORMATS.values())
+    return any(known.recognises(path) for known in READERS.values())
 
 
 def open_for_writing(

@@ -57,7 +57,7 @@ def open_huggingface(path: Path, model: ModelSection | None = None) -> Checkpoin
     stored: dict[str, StoredTensor] = {}
     files, places = _weight_files(path)
     for file in files:
-        found = _safetensors(file) if file.suffix == ".safetensors" else _torch_file(file)
+        found = safetensors_file(file) if file.suffix == ".safetensors" else _torch_file(file)
         for name, tensor in found.items():
             # InternLM's early checkpoints store the rotary frequencies, which are no weights.
             if places.get(name, file.name) == file.name and not name.endswith(_NO_WEIGHT):
@@ -113,7 +113,7 @@ def create_huggingface(folder: Path, file: PlannedFile, target: Target) -> None:
 
 
 def locate_huggingface(folder: Path, file: PlannedFile, target: Target) -> dict[str, StoredTensor]:
-    return _safetensors(folder / file.path)
+    return safetensors_file(folder / file.path)
 
 
 def finish_huggingface(folder: Path, files: Sequence[PlannedFile], target: Target) -> None:
@@ -197,7 +197,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def _safetensors(file: Path) -> dict[str, StoredTensor]:
+def safetensors_file(file: Path) -> dict[str, StoredTensor]:
     """Where each tensor lies; safetensors itself checks the header against the file's size."""
     try:
         with safe_open(file, framework="pt"):

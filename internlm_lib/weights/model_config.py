@@ -20,6 +20,7 @@ from internlm_lib.experiment.schema import ModelSection
 from internlm_lib.files import read_json, write_json
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.model"
+GENERATION_CONFIG = "generation_config.json"
 BOS, EOS = 1, 2
 """Token ids of `<s>` and `</s>`. `</s>` pads, too: the 0 of the earliest uploads was a mistake
 (InternLM issue 431); either is accepted."""
@@ -72,7 +73,7 @@ def write_model(folder: Path, model: ModelSection, dtype: str) -> None:
     """
     write_json(folder / CONFIG, _llama_config(model, dtype))
     tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS}
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
+    write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **tokens})
 
 
 def find_tokenizer(source: Path, model: ModelSection, named: Path | None = None) -> Path | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from internlm_lib.errors import InputError
 from internlm_lib.experiment.schema import ModelSection
-from internlm_lib.weights.checkpoint import Checkpoint
+from internlm_lib.weights.checkpoint import Checkpoint, LogicalTensor
 from internlm_lib.weights.convert import THREADS, Progress, blocks, hash_files
 from internlm_lib.weights.formats import open_checkpoint
 from internlm_lib.weights.manifest import (
@@ -48,15 +48,19 @@ def verify(
             "format": manifest["format"],
             "layout": manifest["layout"],
             "dtype": None,
-            "tensors": len(manifest["tensors"]),
+            "tensors": len(manifest.get("tensors", {})),
             "bytes": None,
             "tensor_hash": None,
             "manifest": True,
         }
     with weights:
-        entries, damaged = manifest["tensors"], []
+        entries, damaged = manifest.get("tensors"), []
+        if entries is None:  # of a training's state, whose files alone are hashed
+            entries = hash_tensors(weights, weights.names(), tell)
+            damaged = [n for n, t in weights.tensors.items() if _lies_in(t, suspects)]
+            suspects = set()
         for name, tensor in weights.tensors.items():
-            if any(part.stored.files & suspects for part in tensor.parts):
+            if _lies_in(tensor, suspects):
                 found = _sha256(weights, name)
                 if found != entries[name]["sha256"] or _copies_differ(weights, name):
                     damaged.append(name)
@@ -118,6 +122,10 @@ def _file_problems(
     found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     problems += [f"{name} was not there when the manifest was made" for name in found - known]
     return problems, suspects
+
+
+def _lies_in(tensor: LogicalTensor, files: set[Path]) -> bool:
+    return any(part.stored.files & files for part in tensor.parts)
 
 
 def _copies_differ(weights: Checkpoint, name: str) -> bool:

@@ -1,0 +1,98 @@
+"""One training from its first rank's start to its end: watched, and started again if it breaks."""
+
+import shutil
+import time
+from collections.abc import Callable
+
+from internlm_lib import provenance
+from internlm_lib.errors import RanksHangError, WorkerError
+from internlm_lib.experiment.schema import Experiment
+from internlm_lib.journal import Journal, events
+from internlm_lib.ranks.launch import launch
+from internlm_lib.run_folder import RunFolder, TrainingFolder
+from internlm_lib.training.progress import TrainingProgress
+
+WORKER = "internlm_lib.training.worker"
+GRACE_SECONDS = 60.0
+"""For ranks that are asked to stop: to finish their step and save."""
+
+
+def train_role(
+    folder: RunFolder, experiment: Experiment, role: str, show: Callable[[str], None]
+) -> None:
+    """Train one layout on this machine, going on where an unfinished attempt stopped.
+
+    Args:
+        show: told the latest step, loss, tokens/s and time left, in a line of text.
+    Raises:
+        WorkerError: the ranks failed or hung, and `training.max_restarts` is used up.
+        StoppedError: asked to stop; the state is saved.
+    """
+    files = folder.training(role)
+    if not is_unfinished(files, experiment):
+        shutil.rmtree(files.checkpoint, ignore_errors=True)
+        shutil.rmtree(files.checkpoints, ignore_errors=True)
+    for restarts in range(experiment.training.max_restarts + 1):
+        try:
+            _attempt(folder, experiment, role, show)
+            return
+        except WorkerError as error:
+            if restarts == experiment.training.max_restarts:
+                raise
+            Journal(files.journal).write("restart", restarts=restarts + 1, error=str(error))
+            show(f"{role}: {str(error).splitlines()[0]}; starting again ({restarts + 1})")
+
+
+def is_unfinished(files: TrainingFolder, experiment: Experiment) -> bool:
+    """Whether an attempt at this very experiment left checkpoints and did not end."""
+    ends = events(files.journal, "end")
+    starts = events(files.journal, "start")
+    if not starts or not files.checkpoints.is_dir():
+        return False
+    done = ends and ends[-1]["status"] == "done" and ends[-1]["time"] > starts[-1]["time"]
+    same = starts[-1]["tags"]["config_sha256"] == provenance.sha256_of_experiment(experiment)
+    return same and not done
+
+
+def _attempt(
+    folder: RunFolder, experiment: Experiment, role: str, show: Callable[[str], None]
+) -> None:
+    files = folder.training(role)
+    progress = TrainingProgress(files.journal)
+    watch = _HangWatch(files, experiment.training.hang_timeout_seconds)
+
+    def tick() -> None:
+        show(f"{role}: {progress.text() or 'starting'}")
+        watch.check()
+
+    launch(
+        WORKER, folder, role,
+        world_size=experiment.layout(role).world_size, logs=files.logs, on_tick=tick,
+        grace_seconds=GRACE_SECONDS,
+    )  # fmt: skip
+    show(f"{role}: {progress.text()}")
+
+
+class _HangWatch:
+    """Notices that a training's journal has not grown for too long."""
+
+    def __init__(self, files: TrainingFolder, timeout: float | None) -> None:
+        self._files = files
+        self._timeout = timeout
+        self._size = -1
+        self._since = time.monotonic()
+
+    def check(self) -> None:
+        journal = self._files.journal
+        size = journal.stat().st_size if journal.exists() else 0
+        now = time.monotonic()
+        if size != self._size:
+            self._size, self._since = size, now
+        elif self._timeout is not None and now - self._since > self._timeout:
+            steps = events(journal, "step")
+            last = f"step {steps[-1]['step']}" if steps else "its start"
+            raise RanksHangError(
+                f"no step for {self._timeout:g} s (training.hang_timeout_seconds) after {last}: "
+                "the ranks hang and are stopped. The stacks of all threads of each rank are in "
+                f"{self._files.logs}/rank*.log"
+            )

@@ -33,6 +33,16 @@ class WorkerError(KitError):
     """A rank of a parallel job failed; the message carries its traceback and the log to read."""
 
 
+class RanksHangError(WorkerError):
+    """The ranks of a parallel job run, but get no further."""
+
+
+class StoppedError(KitError):
+    """Work stopped because it was asked to, after saving; the same command goes on from there."""
+
+    exit_code = 5
+
+
 class VerdictError(KitError):
     """Two runs were compared and differ by more than the tolerance."""
 

@@ -1,8 +1,8 @@
 """The `internlm` command.
 
 Every command takes `--json`: exactly one JSON object on stdout, progress on stderr. Exit codes:
-0 done, 1 failed, 2 bad input, 3 verdict failed, 4 verdict inconclusive or not comparable. Heavy
-imports are inside the commands, so that `--help` is quick.
+0 done, 1 failed, 2 bad input, 3 verdict failed, 4 verdict inconclusive or not comparable, 5 stopped
+on request after saving. Heavy imports are inside the commands, so that `--help` is quick.
 """
 
 import contextlib
@@ -124,6 +124,69 @@ def train(
 ) -> None:
     """Stage 03 without a notebook: train the reference, if there is one, and the candidate."""
     _run_stage("train", params, run_name, assignments, as_json, in_ranks=True)
+
+
+@app.command()
+def launch(
+    params: Params,
+    nnodes: Annotated[int, typer.Option(help="Number of machines.")] = 1,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(help="Ranks of each; by default the layout's, shared evenly.")
+    ] = None,
+    hosts: Annotated[
+        str | None, typer.Option(help="Names of the nodes in rank order, e.g. a01,a02.")
+    ] = None,
+    master_addr: Annotated[
+        str | None, typer.Option(help="Address of the first node; its name by default.")
+    ] = None,
+    master_port: Annotated[int | None, typer.Option(help="A free port there; 29500.")] = None,
+    interface: Annotated[
+        str | None, typer.Option(help="Network interface between the nodes, e.g. eth0.")
+    ] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(help="Start the ranks of this node, which is number 0, 1, …")
+    ] = None,
+    role: Annotated[str, typer.Option(help="candidate or reference.")] = "candidate",
+    format: Annotated[
+        str | None, typer.Option(help="torchrun, deepspeed or slurm; all by default.")
+    ] = None,
+    run_name: RunName = None,
+    assignments: Assignments = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the commands; start nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """One training on several machines: print the commands for each, or start this one's ranks.
+
+    Either way the resolved experiment is written to the run's folder, which all nodes share.
+    """
+    with _reported(as_json):
+        from internlm_lib.experiment.load import load_experiment, parse_assignments
+        from internlm_lib.notebook import LiveLine
+        from internlm_lib.run_folder import RunFolder
+        from internlm_lib.training.nodes import Nodes, launch_here, plan_training, write_commands
+
+        named, experiment = load_experiment(params, parse_assignments(assignments or []))
+        nodes = Nodes(
+            nnodes=nnodes,
+            nproc_per_node=nproc_per_node,
+            hosts=tuple(hosts.split(",")) if hosts else (),
+            master_addr=master_addr,
+            master_port=master_port,
+            interface=interface,
+        )
+        folder = RunFolder.of(run_name or named)
+        with _stdout_for_json(as_json), LiveLine() as show:
+            plan = plan_training(folder, experiment, role, nodes)
+            if dry_run:
+                result = write_commands(plan, experiment, role, format)
+            else:
+                result = launch_here(plan, experiment, role, node_rank, show)
+        if as_json or not dry_run:
+            _print_result(result, as_json)
+        else:
+            print(result["text"], end="")
 
 
 @app.command()

@@ -8,9 +8,7 @@ says so.
 import difflib
 import fcntl
 import os
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from internlm_lib.errors import InputError, KitError, NotComparableError, Verdic
 from internlm_lib.experiment.load import load_experiment, save_experiment
 from internlm_lib.experiment.schema import Experiment
 from internlm_lib.files import read_json
+from internlm_lib.ranks.stopping import terminated_as_interrupted
 from internlm_lib.run_folder import RunFolder, project_root
 from internlm_lib.stages.inputs import inputs_of, record_inputs, what_changed
 from internlm_lib.stages.stage import STAGES, record_failure, status_path
@@ -101,7 +100,7 @@ def run_pipeline(
     folder = RunFolder.of(run_name or named, project_root())
     chosen = _choose(only, start_from)
     _check_questions(chosen, experiment)
-    with _exclusive(folder), _terminated_as_interrupted(), _mirrored(folder, experiment):
+    with _exclusive(folder), terminated_as_interrupted(), _mirrored(folder, experiment):
         pipeline = _Pipeline(folder, experiment, force, on_event)
         pipeline.run(chosen)
     return summarize(folder, pipeline.outcome, pipeline.failure)
@@ -343,16 +342,3 @@ def _mirrored(folder: RunFolder, experiment: Experiment) -> Iterator[None]:
         if before is not None:
             os.environ[OWNER_VARIABLE] = before
         tail.stop()
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Make SIGTERM, a scheduler's way to stop a job, do what Ctrl-C does: end the kernel too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

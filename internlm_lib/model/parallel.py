@@ -20,7 +20,9 @@ def initialize_parallel(
     Reads torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR …).
     """
     device.bind(int(os.environ.get("LOCAL_RANK", 0)))
-    if device.name == "cpu":
+    if device.name == "cpu" and _on_one_node():
+        # Works where the host's name resolves to nothing. Nodes need a network between them, which
+        # the launch plan names.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group(device.backend, timeout=timedelta(minutes=timeout_minutes))
     split_ranks(layout, timeout_minutes=timeout_minutes, seed=seed)
@@ -45,6 +47,12 @@ def split_ranks(layout: Layout, *, timeout_minutes: float = 30.0, seed: int = 12
     numpy.random.seed(of_stage % 2**32)
     torch.manual_seed(of_stage)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _on_one_node() -> bool:
+    """Whether the job's launcher, torchrun or DeepSpeed's, started all ranks on this machine."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return local is None or local == os.environ.get("WORLD_SIZE")
 
 
 def shutdown() -> None:

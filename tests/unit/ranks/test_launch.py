@@ -17,27 +17,47 @@ from typing import Any
 import psutil
 import pytest
 
-from internlm_lib.errors import WorkerError
-from internlm_lib.ranks.launch import LAUNCHER_VARIABLE, LOGS_VARIABLE, _what_failed, launch
+from internlm_lib.errors import KitError, RanksHangError, StoppedError, WorkerError
+from internlm_lib.ranks.launch import LAUNCHER_VARIABLE, launch
 from internlm_lib.ranks.orphans import process_started
+from internlm_lib.ranks.plan import LOGS_VARIABLE
+from internlm_lib.ranks.stopping import STOPPED_EXIT_CODE
 from internlm_lib.run_folder import RunFolder
 
 PROCESSORS = 12
 RANK_MODULE = """
-import json, os, signal, sys, time
-from internlm_lib.errors import InputError
+import ctypes, json, os, signal, sys, time
+from internlm_lib.errors import InputError, StoppedError
 from internlm_lib.ranks.rank import rank_main
+from internlm_lib.ranks.stopping import StopRequest
+
+def wait_in_a_collective():
+    # blocks in C, where Python's signal handlers do not run and signals do not wake
+    mutex = ctypes.create_string_buffer(64)
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
 
 def work(folder, how, *more):
     rank = int(os.environ["RANK"])
     print(f"rank {rank} prints")
     print(f"rank {rank} complains", file=sys.stderr)
-    seen = {"folder": str(folder.path), "more": more, "environment": dict(os.environ)}
+    stop = StopRequest() if how in ("stop", "die") else None
+    if how == "stay":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    seen = {"folder": str(folder.path), "more": more, "environment": dict(os.environ),
+            "pid": os.getpid()}
     (folder.path / f"seen{rank}.json").write_text(json.dumps(seen))
     if how == "succeed":
         return
+    if how == "stop":
+        while not stop.requested:
+            time.sleep(0.05)
+        time.sleep(2.0 * rank)  # saves; rank 0 is gone meanwhile
+        raise StoppedError(f"rank {rank} stopped after step 7")
+    if how in ("stay", "hang"):
+        wait_in_a_collective()
     if rank == 0:
-        time.sleep(120)  # as in a collective that waits for the rank that failed
+        wait_in_a_collective() if how == "die" else time.sleep(120)
     while not (folder.path / "seen0.json").exists():
         time.sleep(0.05)  # torchrun would end rank 0 before it has a log
     if how == "refuse":
@@ -57,7 +77,7 @@ class Outcome:
 
     folder: RunFolder
     logs: Path
-    error: WorkerError | None = None
+    error: KitError | None = None
     seconds: float = 0.0
     ticks: list[int] = field(default_factory=list)
     """The threads that `on_tick` was called from."""
@@ -87,21 +107,30 @@ def rank_module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def start(rank_module: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
-    """Launches two ranks that end in a certain way, in a folder where others ran before."""
+    """Launches two ranks that end in a certain way, in a folder where others ran before.
 
-    def start(*arguments: str) -> Outcome:
+    `then` is raised from `on_tick` once both ranks are at work.
+    """
+
+    def start(*arguments: str, then: BaseException | None = None, grace: float = 5.0) -> Outcome:
         folder = RunFolder.of("run", tmp_path_factory.mktemp("project"))
         outcome = Outcome(folder, folder.path / "logs")
         outcome.logs.mkdir(parents=True)
         for old in ("rank0.log", "rank1.error", "rank7.log", "rank7.error", "kept.txt"):
             (outcome.logs / old).write_text("of an earlier launch")
         begin = time.monotonic()
+
+        def on_tick() -> None:
+            outcome.ticks.append(threading.get_ident())
+            if then and all((folder.path / f"seen{rank}.json").exists() for rank in (0, 1)):
+                raise then
+
         try:
             launch(
                 rank_module, folder, *arguments, world_size=2, logs=outcome.logs,
-                on_tick=lambda: outcome.ticks.append(threading.get_ident()),
+                on_tick=on_tick, grace_seconds=grace,
             )  # fmt: skip
-        except WorkerError as error:
+        except KitError as error:
             outcome.error = error
         outcome.seconds = time.monotonic() - begin
         return outcome
@@ -132,6 +161,16 @@ def breakdown(start: Callable[..., Outcome]) -> Outcome:
 @pytest.fixture(scope="module")
 def kill(start: Callable[..., Outcome]) -> Outcome:
     return start("die")
+
+
+@pytest.fixture(scope="module")
+def stop(start: Callable[..., Outcome]) -> Outcome:
+    return start("stop", then=KeyboardInterrupt(), grace=40.0)
+
+
+@pytest.fixture(scope="module")
+def hang(start: Callable[..., Outcome]) -> Outcome:
+    return start("hang", then=RanksHangError("no step for 3 s"), grace=40.0)
 
 
 def test_ranks_that_return_are_a_success(success: Outcome) -> None:
@@ -192,15 +231,35 @@ def test_any_other_error_is_told_with_its_traceback(breakdown: Outcome) -> None:
     )
 
 
-def test_a_killed_rank_is_told_in_torchruns_words(kill: Outcome) -> None:
-    launcher = kill.logs / "launcher.log"
-    head, _, tail = kill.message.partition("\n")
-    assert head == (
-        "rank_of_a_test: torchrun ended with code 1 and no rank left a traceback "
-        f"(killed, or out of memory?). Last lines of {launcher}:"
+def test_a_killed_rank_is_told_with_its_signal(kill: Outcome) -> None:
+    assert type(kill.error) is WorkerError
+    assert kill.message == (
+        "rank_of_a_test: rank1 was killed by SIGKILL (out of memory? see `dmesg`)\n"
+        f"Its log: {kill.logs / 'rank1.log'}"
     )
-    assert tail.splitlines() == launcher.read_text().splitlines()[-20:]
-    assert "SIGKILL" in tail
+
+
+def test_a_rank_in_a_collective_ends_when_its_sibling_dies(kill: Outcome) -> None:
+    """torchrun's SIGTERM would find it in C code, and torchrun wait 30 s before it kills."""
+    assert "another rank of this node died: this one ends, too" in kill.log("rank0.log")
+    assert kill.seconds < 25
+
+
+def test_ranks_that_are_asked_to_stop_end_by_themselves(stop: Outcome) -> None:
+    assert type(stop.error) is StoppedError and isinstance(stop.error.__cause__, KeyboardInterrupt)
+    assert stop.message == "rank 0 stopped after step 7"
+    assert stop.log("rank1.stopped") == "rank 1 stopped after step 7"
+    assert not list(stop.logs.glob("*.error"))
+    assert stop.error.exit_code == STOPPED_EXIT_CODE == 5
+
+
+def test_hanging_ranks_write_their_stacks_and_are_killed_at_once(hang: Outcome) -> None:
+    assert type(hang.error) is RanksHangError and hang.message == "no step for 3 s"
+    for rank in (0, 1):
+        log = hang.log(f"rank{rank}.log")
+        assert "most recent call first" in log and "in wait_in_a_collective" in log
+        assert process_started(hang.seen(rank)["pid"]) is None
+    assert hang.seconds < 25 < 40
 
 
 @pytest.mark.parametrize("outcome", ["refusal", "breakdown", "kill"])
@@ -213,29 +272,26 @@ def test_a_rank_that_waits_for_a_failed_one_is_ended(
     assert not (found.logs / "rank0.error").exists()
 
 
-def test_of_several_failed_ranks_the_first_is_told(tmp_path: Path) -> None:
-    for rank, second in ((0, 30), (1, 20), (10, 40)):
-        error = tmp_path / f"rank{rank}.error"
-        error.write_text(f"error of {rank}")
-        os.utime(error, (second, second))
-    assert _what_failed("module", tmp_path, 1).startswith("module: rank1 failed:\nerror of 1\n")
-
-
-def test_an_error_in_on_tick_stops_torchrun(rank_module: str, tmp_path: Path) -> None:
+def test_ranks_that_do_not_end_are_killed_after_the_grace(rank_module: str, tmp_path: Path) -> None:
+    folder = RunFolder.of("run", tmp_path)
+    seen = folder.path / "seen0.json"
     started: list[psutil.Process] = []
 
     def interrupt() -> None:
-        started.extend(psutil.Process().children())
-        raise KeyboardInterrupt
+        if seen.exists():
+            started.extend(set(psutil.Process().children(recursive=True)) - before)
+            raise KeyboardInterrupt
 
-    before = set(psutil.Process().children())
+    folder.path.mkdir(parents=True)
+    before = set(psutil.Process().children(recursive=True))
     with pytest.raises(KeyboardInterrupt):
         launch(
-            rank_module, RunFolder.of("run", tmp_path), "succeed",
-            world_size=1, logs=tmp_path / "logs", on_tick=interrupt,
+            rank_module, folder, "stay",
+            world_size=1, logs=tmp_path / "logs", on_tick=interrupt, grace_seconds=1.0,
         )  # fmt: skip
-    (torchrun,) = set(started) - before
-    assert not torchrun.is_running()
+    assert len(started) == 2  # torchrun and its rank
+    assert not any(process.is_running() for process in started)
+    assert "Unable to shutdown process" in (tmp_path / "logs" / "launcher.log").read_text()
 
 
 def run_rank(rank_module: str, folder: RunFolder, rank: int, how: str) -> int:

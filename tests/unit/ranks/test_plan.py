@@ -1,0 +1,196 @@
+"""The launch plan: what fits, in which order, and that every rendering starts the same ranks."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from internlm_lib.errors import InputError
+from internlm_lib.ranks import render
+from internlm_lib.ranks.plan import LaunchPlan, plan_ranks
+from internlm_lib.ranks.stopping import stopped_file
+from internlm_lib.run_folder import RunFolder
+
+SPY = f"""#!{sys.executable}
+import json, os, sys
+record = {{"arguments": sys.argv[1:], "environment": dict(os.environ), "folder": os.getcwd()}}
+with open(os.environ["SPY_RECORD"], "a") as file:
+    file.write(json.dumps(record) + "\\n")
+"""
+SRUN = """#!/bin/bash
+echo "$1 $2" >> "$SPY_RECORD.srun"
+for node in 0 1; do SLURM_NODEID=$node "${@:3}" || exit; done
+if [ -n "${STOPPED:-}" ]; then echo stopped > "$STOPPED"; exit 1; fi
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = requeue ]; then echo "$2" > "$SPY_RECORD.requeue"; else printf 'a01\\na02\\n'; fi
+"""
+
+
+def plan(root: Path, world_size: int = 4, **options: Any) -> LaunchPlan:
+    folder = RunFolder.of("run", root)
+    options = {"nnodes": 2, "hosts": ["a01", "a02"], **options}
+    return plan_ranks(
+        "some.module", folder, "candidate", "it's $HOME",
+        world_size=world_size, logs=folder.training("candidate").logs, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def spy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with a name that needs quotes, and a Python that only tells how it was called."""
+    root, tools = tmp_path / "it's a $HOME", tmp_path / "tools"
+    root.mkdir()
+    tools.mkdir()
+    for name, text in (("py thon", SPY), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tools / "py thon"))
+    monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SPY_RECORD", str(tmp_path / "record"))
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "a[01-02]")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    return root
+
+
+def records(spy: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (spy.parent / "record").read_text().splitlines()]
+
+
+def check_nodes(spy: Path, made: LaunchPlan) -> None:
+    """The spy was called once per node, in order, with exactly this plan."""
+    for node, seen in enumerate(records(spy)):
+        expected = made.torchrun(node)[1:]
+        # the order of options may differ, that of the program's arguments may not
+        assert sorted(seen["arguments"]) == sorted(expected)
+        assert seen["arguments"][-5:] == ["-m", *made.program()]
+        assert {k: seen["environment"].get(k) for k in made.environment} == made.environment
+        assert seen["folder"] == str(spy)
+    assert len(records(spy)) == made.nnodes
+
+
+def test_ranks_fill_the_nodes_in_order(tmp_path: Path) -> None:
+    made = plan(tmp_path, world_size=32, nnodes=4, hosts=(), nproc_per_node=8)
+    assert (made.ranks_per_node, made.world_size) == (8, 32)
+    assert [*made.ranks_of(0)] == [*range(8)] and [*made.ranks_of(3)] == [*range(24, 32)]
+    assert made.hosts == ("HOST_0", "HOST_1", "HOST_2", "HOST_3")
+    names = {made.launcher_log(node).name for node in range(4)}
+    assert len(names) == 4 and made.launcher_log(0).name == "launcher.log"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "options", "message"),
+    [
+        (4, {"nnodes": 3, "hosts": ()}, "that fit: 1 × 4, 2 × 2, 4 × 1"),
+        (6, {"nproc_per_node": 2}, "2 nodes × 2 ranks cannot hold exactly 6 ranks"),
+        (4, {"nnodes": 8, "hosts": ()}, "8 nodes cannot hold exactly 4 ranks"),
+        (4, {"nnodes": 0, "hosts": ()}, "0 nodes cannot hold"),
+        (4, {"nproc_per_node": 8}, "2 nodes × 8 ranks cannot hold exactly 4"),
+        (4, {"hosts": ["a01"]}, "--hosts names 1 (a01), --nnodes says 2"),
+        (4, {"hosts": ["a01", "a01"]}, "--hosts names a01 more than once"),
+        (4, {"master_port": 0}, "--master-port 0"),
+        (4, {"master_port": 65536}, "--master-port 65536"),
+        (4, {"device": "tpu"}, "device = 'tpu': ranks run on npu, cuda, cpu"),
+    ],
+)
+def test_nodes_that_do_not_fit_are_refused(
+    tmp_path: Path, world_size: int, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError) as refusal:
+        plan(tmp_path, world_size, **options)
+    assert message in str(refusal.value)
+
+
+def test_one_node_meets_on_loopback_and_many_at_the_first(tmp_path: Path) -> None:
+    one = plan(tmp_path, nnodes=1, hosts=()).torchrun(0)
+    assert "--rdzv-endpoint=127.0.0.1:0" in one and "--nproc-per-node=4" in one
+    two = plan(tmp_path, master_addr="10.0.0.1", master_port=1234, grace_seconds=0.2).torchrun(1)
+    expected = {
+        "--nnodes=2", "--nproc-per-node=2", "--node-rank=1", "--master-addr=10.0.0.1",
+        "--master-port=1234", "--shutdown-timeout=1",
+    }  # fmt: skip
+    assert expected < set(two)
+
+
+def test_a_device_gets_its_variables_and_the_users_win(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "600")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    npu = plan(tmp_path, device="npu", interface="eth1").environment
+    assert npu["HCCL_CONNECT_TIMEOUT"] == "600" and npu["INF_NAN_MODE_ENABLE"] == "1"
+    assert npu["HCCL_SOCKET_IFNAME"] == npu["GLOO_SOCKET_IFNAME"] == "eth1"
+    assert npu["OMP_NUM_THREADS"] == "6"
+    cuda = plan(tmp_path, device="cuda", interface="ib0").environment
+    assert cuda["NCCL_SOCKET_IFNAME"] == "ib0" and not any("HCCL" in name for name in cuda)
+    cpu = plan(tmp_path, device="cpu").environment
+    assert not any("IFNAME" in name or "CCL" in name for name in cpu)
+
+
+def test_torchrun_lines_start_what_they_say(spy: Path) -> None:
+    made = plan(spy)
+    for line in render.torchrun_lines(made):
+        subprocess.run(["bash", "-c", line], check=True)
+    check_nodes(spy, made)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_batch_script_starts_every_node_and_requeues_what_stopped(
+    spy: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    made = plan(spy, grace_seconds=60.0)
+    mark = stopped_file(made.logs, 0)
+    mark.parent.mkdir(parents=True)
+    mark.write_text("of an earlier job")
+    if stopped:
+        monkeypatch.setenv("STOPPED", str(mark))
+    script = spy.parent / "job.sbatch"
+    script.write_text(render.sbatch_script(made, "cuda"))
+    assert subprocess.run(["bash", str(script)]).returncode == stopped
+    check_nodes(spy, made)
+    options = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
+    for option in ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2", "--requeue",
+                   "--signal=TERM@120", f'"--output={made.logs}/slurm-%j.log"'):  # fmt: skip
+        assert f"#SBATCH {option}" in options
+    assert (spy.parent / "record.srun").read_text() == "--kill-on-bad-exit=1 --cpu-bind=none\n"
+    requeued = spy.parent / "record.requeue"
+    assert (requeued.read_text() if requeued.exists() else None) == ("17\n" if stopped else None)
+
+
+def test_shells_can_read_all_that_is_rendered(tmp_path: Path) -> None:
+    made = plan(tmp_path / "it's a $HOME")
+    for text in (*render.torchrun_lines(made), render.sbatch_script(made, None)):
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+def test_deepspeeds_launcher_understands_its_command(tmp_path: Path) -> None:
+    from deepspeed.launcher.runner import fetch_hostfile, parse_args
+
+    folder = RunFolder.of("run", tmp_path / "with a blank")
+    made = plan_ranks(
+        "some.module", folder, "candidate",
+        world_size=4, nnodes=2, hosts=["a01", "a02"], logs=folder.path / "logs",
+    )  # fmt: skip
+    command = shlex.split(render.deepspeed_command(made, str(tmp_path / "hosts"), "env"))
+    runner = command.index("deepspeed.launcher.runner")
+    assert command[:5] == ["cd", str(folder.root), "&&", "env", "DS_ENV_FILE=env"]
+    arguments = parse_args(command[runner + 1 :])
+    (tmp_path / "hosts").write_text(render.deepspeed_hostfile(made))
+    assert fetch_hostfile(arguments.hostfile) == {"a01": 2, "a02": 2}
+    assert (arguments.master_addr, arguments.master_port) == ("a01", 29500)
+    assert arguments.module and arguments.no_local_rank and arguments.force_multi
+    assert [arguments.user_script, *arguments.user_args] == made.program()
+    assert dict(
+        line.split("=", maxsplit=1) for line in render.deepspeed_environment(made).splitlines()
+    ) == dict(made.environment)
+
+
+def test_deepspeeds_launcher_is_not_given_what_its_shell_would_change(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="use --format torchrun"):
+        render.deepspeed_command(plan(tmp_path), "hosts", "env")

@@ -376,7 +376,7 @@ def _streams(
     from internlm_lib.data.batches import BatchStream, build_datasets
 
     training = experiment.training
-    train, valid = build_datasets(
+    train, valid, _ = build_datasets(
         run.corpus_prefix, experiment.data, training, experiment.model.vocab_size
     )
     assert valid is not None
@@ -446,7 +446,7 @@ class _Curve:
 def _train_transformers(
     run: RunFolder, experiment: Experiment, stream: "BatchStream", validation: "BatchStream"
 ) -> Curve:
-    """The independent reference: LlamaForCausalLM, AdamW and clip_grad_norm_, as one writes them."""
+    """The independent reference: LlamaForCausalLM, AdamW and clip_grad_norm_, as usual."""
     import torch
 
     from internlm_lib.training.schedule import learning_rate

@@ -33,11 +33,15 @@ Accept = Callable[[float], bool]
 """Told the mean loss of a step before the update; False leaves the weights as they are."""
 
 
+def always(loss: float) -> bool:
+    return True
+
+
 class Engine(Protocol):
     """One way to take a training step; built around one rank's part of the model."""
 
     def train_step(
-        self, batches: Iterator[Batch], num_micro_batches: int, lr: float, accept: Accept
+        self, batches: Iterator[Batch], num_micro_batches: int, lr: float, accept: Accept = always
     ) -> StepResult:
         """Forward, backward, clip and, if `accept` does, update with rate `lr`. Collective."""
 

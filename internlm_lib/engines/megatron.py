@@ -27,7 +27,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
-from internlm_lib.engines.base import Accept, StepResult, decays, masked_mean
+from internlm_lib.engines.base import Accept, StepResult, always, decays, masked_mean
 from internlm_lib.engines.fragments import Fragment, adam_step, set_adam_step
 from internlm_lib.engines.loss_scale import scaler_counters, set_scaler_counters
 from internlm_lib.engines.megatron_state import fragments, grad_scaler, torch_optimizers
@@ -66,7 +66,7 @@ class MegatronEngine:
             (config.no_sync_func,) = config.no_sync_func
 
     def train_step(
-        self, batches: Iterator[Batch], num_micro_batches: int, lr: float, accept: Accept
+        self, batches: Iterator[Batch], num_micro_batches: int, lr: float, accept: Accept = always
     ) -> StepResult:
         for chunk in self._model:
             chunk.zero_grad_buffer()

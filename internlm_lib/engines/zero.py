@@ -19,7 +19,7 @@ from megatron.core.optimizer.grad_scaler import (
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
-from internlm_lib.engines.base import Accept, StepResult, decays, masked_mean
+from internlm_lib.engines.base import Accept, StepResult, always, decays, masked_mean
 from internlm_lib.engines.fragments import Fragment, adam_step, set_adam_step
 from internlm_lib.engines.loss_scale import scaler_counters, set_scaler_counters
 from internlm_lib.engines.zero_state import fragments, torch_optimizer
@@ -53,7 +53,7 @@ class ZeroEngine:
         )
 
     def train_step(
-        self, batches: Iterator[Batch], num_micro_batches: int, lr: float, accept: Accept
+        self, batches: Iterator[Batch], num_micro_batches: int, lr: float, accept: Accept = always
     ) -> StepResult:
         for group in self._optimizer.param_groups:
             group["lr"] = lr

@@ -14,6 +14,7 @@ from internlm_lib.errors import KitError
 from internlm_lib.reporting.loss import LoggedTraining, read_training
 from internlm_lib.reporting.performance import throughput
 from internlm_lib.stages.stage import Stage
+from internlm_lib.training.nodes import Nodes, plan_training
 from internlm_lib.training.recompute import plan_recompute
 from internlm_lib.training.schedule import learning_rate
 from internlm_lib.training.supervise import train_role
@@ -87,7 +88,8 @@ def train(stage: Stage, show: Callable[[str], None] = lambda text: None) -> list
         StoppedError: asked to stop; the same command goes on from there.
     """
     for role in stage.experiment.roles:
-        train_role(stage.folder, stage.experiment, role, show)
+        plan = plan_training(stage.folder, stage.experiment, role, Nodes())
+        train_role(plan, stage.experiment, role, show)
     rows = [
         {"training": role, "layout": training.start["layout"], **_numbers(training)}
         for role, training in _trainings(stage).items()

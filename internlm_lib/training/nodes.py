@@ -14,10 +14,9 @@ from internlm_lib.experiment.load import load_experiment, save_experiment
 from internlm_lib.experiment.schema import Experiment
 from internlm_lib.files import write_text
 from internlm_lib.ranks import render
-from internlm_lib.ranks.launch import launch_node
 from internlm_lib.ranks.plan import LaunchPlan, plan_ranks
 from internlm_lib.run_folder import RunFolder
-from internlm_lib.training.progress import TrainingProgress
+from internlm_lib.training.supervise import follow_ranks
 from internlm_lib.weights.start import starting_folder
 
 WORKER = "internlm_lib.training.worker"
@@ -114,9 +113,8 @@ def launch_here(
         save_experiment(plan.folder.experiment, plan.folder.name, experiment)
     else:
         _wait_for_experiment(plan.folder, experiment)
-    progress = TrainingProgress(plan.folder.training(role).journal)
     begin = time.monotonic()
-    launch_node(plan, node, on_tick=lambda: show(f"{role}: {progress.text() or 'starting'}"))
+    follow_ranks(plan, experiment, role, show, node)
     return {
         "run": plan.folder.name,
         "role": role,

@@ -8,33 +8,31 @@ from internlm_lib import provenance
 from internlm_lib.errors import RanksHangError, WorkerError
 from internlm_lib.experiment.schema import Experiment
 from internlm_lib.journal import Journal, events
-from internlm_lib.ranks.launch import launch
-from internlm_lib.run_folder import RunFolder, TrainingFolder
+from internlm_lib.ranks.launch import launch_node
+from internlm_lib.ranks.plan import LaunchPlan
+from internlm_lib.run_folder import TrainingFolder
 from internlm_lib.training.progress import TrainingProgress
-
-WORKER = "internlm_lib.training.worker"
-GRACE_SECONDS = 60.0
-"""For ranks that are asked to stop: to finish their step and save."""
 
 
 def train_role(
-    folder: RunFolder, experiment: Experiment, role: str, show: Callable[[str], None]
+    plan: LaunchPlan, experiment: Experiment, role: str, show: Callable[[str], None]
 ) -> None:
     """Train one layout on this machine, going on where an unfinished attempt stopped.
 
     Args:
+        plan: of one node.
         show: told the latest step, loss, tokens/s and time left, in a line of text.
     Raises:
         WorkerError: the ranks failed or hung, and `training.max_restarts` is used up.
         StoppedError: asked to stop; the state is saved.
     """
-    files = folder.training(role)
+    files = plan.folder.training(role)
     if not is_unfinished(files, experiment):
         shutil.rmtree(files.checkpoint, ignore_errors=True)
         shutil.rmtree(files.checkpoints, ignore_errors=True)
     for restarts in range(experiment.training.max_restarts + 1):
         try:
-            _attempt(folder, experiment, role, show)
+            follow_ranks(plan, experiment, role, show)
             return
         except WorkerError as error:
             if restarts == experiment.training.max_restarts:
@@ -54,10 +52,15 @@ def is_unfinished(files: TrainingFolder, experiment: Experiment) -> bool:
     return same and not done
 
 
-def _attempt(
-    folder: RunFolder, experiment: Experiment, role: str, show: Callable[[str], None]
+def follow_ranks(
+    plan: LaunchPlan,
+    experiment: Experiment,
+    role: str,
+    show: Callable[[str], None],
+    node_rank: int = 0,
 ) -> None:
-    files = folder.training(role)
+    """Run a node's ranks once, to their end, or until they hang. Raises as `train_role`."""
+    files = plan.folder.training(role)
     progress = TrainingProgress(files.journal)
     watch = _HangWatch(files, experiment.training.hang_timeout_seconds)
 
@@ -65,11 +68,7 @@ def _attempt(
         show(f"{role}: {progress.text() or 'starting'}")
         watch.check()
 
-    launch(
-        WORKER, folder, role,
-        world_size=experiment.layout(role).world_size, logs=files.logs, on_tick=tick,
-        grace_seconds=GRACE_SECONDS,
-    )  # fmt: skip
+    launch_node(plan, node_rank, on_tick=tick)
     show(f"{role}: {progress.text()}")
 
 

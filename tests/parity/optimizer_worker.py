@@ -14,6 +14,7 @@ from internlm_lib.experiment.schema import Experiment, Layout
 from internlm_lib.files import write_json
 from internlm_lib.ranks.rank import rank_main
 from internlm_lib.run_folder import RunFolder
+from tests.parity.in_ranks import build, loop, stream
 
 ENGINES = {
     "megatron": Layout(data_parallel_size=2),
@@ -55,70 +56,34 @@ def work(folder: RunFolder, result: str) -> None:
     found: dict[str, Any] = {}
     for case, changes in CASES.items():
         _, experiment = load_experiment(folder.experiment, changes)
-        found[case] = {
-            name: _train(folder, experiment, layout, device) for name, layout in ENGINES.items()
-        }
+        found[case] = {name: _train(folder, experiment, layout) for name, layout in ENGINES.items()}
     for name, layout in ENGINES.items():
-        found.setdefault("broken", {})[name] = _broken_step(folder, layout, device)
+        found.setdefault("broken", {})[name] = _broken_step(folder, layout)
         for predecessor in (False, True):
             found.setdefault(f"decay {predecessor}", {})[name] = _decayed(
-                folder, layout, device, predecessor
+                folder, layout, predecessor
             )
     if is_rank_zero():
         write_json(Path(result), found)
     shutdown()
 
 
-def _engine(folder: RunFolder, experiment: Experiment, layout: Layout, device: Any) -> Any:
-    from internlm_lib.model.build import build_gpt_model
-    from internlm_lib.training.worker import _engine
-    from internlm_lib.weights.megatron import load_weights
-
-    gpt = build_gpt_model(experiment.model, layout, experiment.training, device)
-    load_weights(gpt, folder.huggingface, experiment.model)
-    return _engine(gpt, layout, experiment)
-
-
-def _stream(folder: RunFolder, experiment: Experiment, layout: Layout, device: Any) -> Any:
-    from megatron.core import parallel_state
-
-    from internlm_lib.data.batches import BatchStream, build_datasets
-
-    training = experiment.training
-    data = build_datasets(
-        folder.corpus_prefix, experiment.data, training, experiment.model.vocab_size
-    )
-    return BatchStream(
-        data.train, global_batch_size=training.global_batch_size,
-        micro_batch_size=training.micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=layout.data_parallel_size, device=device.current(),
-    )  # fmt: skip
-
-
-def _train(folder: RunFolder, experiment: Experiment, layout: Layout, device: Any) -> Any:
+def _train(folder: RunFolder, experiment: Experiment, layout: Layout) -> list[dict[str, Any]]:
     """The training loop's own record of every step."""
-    from internlm_lib.training.loop import Throughput, train
-
     steps: list[dict[str, Any]] = []
 
     def record(event: str, **fields: Any) -> None:
         steps.append(fields)
 
-    train(
-        _engine(folder, experiment, layout, device),
-        _stream(folder, experiment, layout, device), None,
-        training=experiment.training, optimizer=experiment.optimizer, layout=layout, device=device,
-        throughput=Throughput(2, 1.0), record=record, save=lambda step: None,
-    )  # fmt: skip
+    loop(build(folder, experiment, layout), folder, experiment, layout, record).run()
     return steps
 
 
-def _broken_step(folder: RunFolder, layout: Layout, device: Any) -> Any:
+def _broken_step(folder: RunFolder, layout: Layout) -> Any:
     """A sound step, one whose loss is NaN, and the sound one again; what became of the weights."""
     _, experiment = load_experiment(folder.experiment)
-    engine = _engine(folder, experiment, layout, device)
-    batches = _stream(folder, experiment, layout, device)
+    engine = build(folder, experiment, layout).engine
+    batches = stream(folder, experiment, layout)
     take = partial(engine.train_step, num_micro_batches=2, lr=1e-3)
 
     def without_tokens() -> Iterator[Any]:
@@ -133,17 +98,17 @@ def _broken_step(folder: RunFolder, layout: Layout, device: Any) -> Any:
     return {"results": [dataclasses.asdict(r) for r in results], "unchanged": unchanged}
 
 
-def _decayed(folder: RunFolder, layout: Layout, device: Any, predecessor: bool) -> Any:
+def _decayed(folder: RunFolder, layout: Layout, predecessor: bool) -> Any:
     """Names of the parameters that a step without a gradient changes."""
     from internlm_lib.engines import base, megatron, zero
 
     changes = {"optimizer.predecessor_decay": predecessor, "optimizer.weight_decay": 0.5}
     _, experiment = load_experiment(folder.experiment, changes)
-    engine = _engine(folder, experiment, layout, device)
+    engine = build(folder, experiment, layout).engine
     before = _weights(engine)
     for module in (megatron, zero):
         module.masked_mean = lambda losses, mask: base.masked_mean(losses, mask) * 0
-    engine.train_step(_stream(folder, experiment, layout, device).step(0), 2, 1e-2)
+    engine.train_step(stream(folder, experiment, layout).step(0), 2, 1e-2)
     for module in (megatron, zero):
         module.masked_mean = base.masked_mean
     return sorted(
@@ -152,7 +117,7 @@ def _decayed(folder: RunFolder, layout: Layout, device: Any, predecessor: bool) 
 
 
 def _weights(engine: Any) -> dict[str, torch.Tensor]:
-    with engine.whole_weights() as gpt:
+    with engine.whole_weights() as (gpt,):
         return {name: p.detach().clone() for name, p in gpt.named_parameters()}
 
 

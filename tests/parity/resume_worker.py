@@ -11,12 +11,20 @@ from internlm_lib.experiment.schema import Experiment, Layout
 from internlm_lib.files import write_json
 from internlm_lib.ranks.rank import rank_main
 from internlm_lib.run_folder import RunFolder
+from tests.parity.in_ranks import build, loop
 
 STEPS, SAVED_AT = 8, 4
-DEEPSPEED = {"engine": "deepspeed", "zero_stage": 2}
 CASES: dict[str, tuple[Layout, str]] = {
     "megatron TP2 DP2 SP": (
         Layout(tensor_model_parallel_size=2, data_parallel_size=2, sequence_parallel=True),
+        "fp32",
+    ),
+    "megatron PP2 VPP2 DP2": (
+        Layout(
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            data_parallel_size=2,
+        ),
         "fp32",
     ),
     "megatron PP2 DP2, plain optimizer": (
@@ -26,6 +34,10 @@ CASES: dict[str, tuple[Layout, str]] = {
         "fp32",
     ),
     "megatron DP4, bf16": (Layout(data_parallel_size=4), "bf16"),
+    "megatron DP4, overlap": (
+        Layout(data_parallel_size=4, overlap_grad_reduce=True, overlap_param_gather=True),
+        "fp32",
+    ),
     "megatron TP4, plain optimizer, bf16": (
         Layout(tensor_model_parallel_size=4, use_distributed_optimizer=False),
         "bf16",
@@ -46,6 +58,7 @@ MOVES = [
     ("megatron TP2 DP2 SP", "megatron PP2 DP2, plain optimizer"),
     ("megatron PP2 DP2, plain optimizer", "ZeRO-3 DP4"),
     ("ZeRO-3 DP4", "megatron TP2 DP2 SP"),
+    ("megatron TP2 DP2 SP", "megatron PP2 VPP2 DP2"),
     ("ZeRO-2 TP2 DP2", "ZeRO-3 DP4"),
     ("ZeRO-3 DP4", "ZeRO-2 TP2 DP2"),
 ]
@@ -56,14 +69,12 @@ def work(folder: RunFolder, result: str) -> None:
     device = select_device("cpu")
     device.adapt_megatron()
     _, experiment = load_experiment(folder.experiment)
-    from megatron.core import parallel_state
-
-    from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
+    from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown, split_ranks
 
     initialize_parallel(Layout(data_parallel_size=4), device)
     found: dict[str, Any] = {"whole": {}, "resumed": {}, "moved": {}, "same weights": {}}
     for name, (layout, precision) in CASES.items():
-        _split(parallel_state, layout)
+        split_ranks(layout)
         whole, weights = _train(folder, experiment, layout, precision, folder.path / name)
         saved = folder.path / name / f"step-{SAVED_AT:07}"
         resumed, again = _train(folder, experiment, layout, precision, None, saved)
@@ -71,20 +82,13 @@ def work(folder: RunFolder, result: str) -> None:
         found["same weights"][name] = _everywhere(torch.equal(weights, again))
     for source, target in MOVES:
         layout, precision = CASES[target]
-        _split(parallel_state, layout)
+        split_ranks(layout)
         saved = folder.path / source / f"step-{SAVED_AT:07}"
         moved, _ = _train(folder, experiment, layout, precision, None, saved)
         found["moved"][f"{source} -> {target}"] = (source, moved)
     if is_rank_zero():
         write_json(Path(result), found)
     shutdown()
-
-
-def _split(parallel_state: Any, layout: Layout) -> None:
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    )
 
 
 def _train(
@@ -96,71 +100,33 @@ def _train(
     saved: Path | None = None,
 ) -> tuple[list[tuple[float, float]], torch.Tensor]:
     """Loss and gradient norm of every step, and this rank's weights after the last."""
-    from megatron.core import parallel_state
+    from internlm_lib.training.checkpoint import Position, newest_whole, read_position, restore
 
-    from internlm_lib.data.batches import BatchStream, build_datasets
-    from internlm_lib.model.build import build_gpt_model
-    from internlm_lib.training.checkpoint import (
-        CheckpointWriter,
-        Position,
-        newest_whole,
-        read_position,
-        restore,
-    )
-    from internlm_lib.training.guard import StepGuard
-    from internlm_lib.training.loop import Throughput, TrainingLoop
-    from internlm_lib.training.worker import build_engine
-    from internlm_lib.weights.megatron import load_weights
-
+    interval = SAVED_AT if checkpoints else None
+    training = {"precision": precision, "save_interval": interval}
     experiment = experiment.model_copy(
-        update={"training": experiment.training.model_copy(update={"precision": precision})}
+        update={"training": experiment.training.model_copy(update=training)}
     )
-    device, model, training = select_device("cpu"), experiment.model, experiment.training
     steps: list[tuple[float, float]] = []
 
     def record(event: str, **fields: Any) -> None:
         if event == "step":
             steps.append((fields["loss"], fields["grad_norm"]))
 
-    data, _ = build_datasets(folder.corpus_prefix, experiment.data, training, model.vocab_size)
-    gpt = build_gpt_model(model, layout, training, device)
-    load_weights(gpt, saved or folder.huggingface, model)
-    engine = build_engine(gpt, layout, experiment)
-    position, recent = Position(), []
+    part = build(folder, experiment, layout, saved)
+    position, state = Position(), {}
     if saved:
         assert newest_whole(saved.parent, record) == saved
         position, state = read_position(saved)
-        recent = state["recent_losses"]
-        restore(engine, gpt, saved, model)
-    TrainingLoop(
-        engine=engine,
-        gpt=gpt,
-        batches=BatchStream(
-            data,
-            global_batch_size=training.global_batch_size,
-            micro_batch_size=training.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=layout.data_parallel_size,
-            device=device.current(),
-        ),
-        validation=None,
-        training=training.model_copy(update={"save_interval": SAVED_AT if checkpoints else None}),
-        layout=layout,
-        device=device,
-        throughput=Throughput(1, 1, 1.0),
-        record=record,
-        checkpoints=CheckpointWriter(
-            checkpoints or folder.path / "unused", folder.experiment, model, device.current(),
-            record, keep=9, asynchronous=True,
-        ),
-        facts={},
-        guard=StepGuard(None, recent),
-        stop_requested=lambda: False,
-        position=position,
+        restore(part.engine, part.chunks, saved, experiment.model)
+    loop(
+        part, folder, experiment, layout, record,
+        checkpoints=checkpoints, position=position,
+        recent_losses=state.get("recent_losses", ()),
     ).run()  # fmt: skip
-    with engine.whole_weights() as whole:
-        weights = torch.cat([p.detach().float().flatten().clone() for p in whole.parameters()])
-    return steps, weights
+    with part.engine.whole_weights() as whole:
+        parameters = [p.detach().float().flatten() for chunk in whole for p in chunk.parameters()]
+        return steps, torch.cat(parameters)
 
 
 def _everywhere(flag: bool) -> bool:

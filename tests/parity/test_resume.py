@@ -22,6 +22,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
         Layout(data_parallel_size=4),
         **{
             "training.train_iters": STEPS,
+            "model.num_layers": 4,
             "training.micro_batch_size": 1,
             "training.lr": 1e-2,
             "training.lr_warmup_fraction": 0.2,

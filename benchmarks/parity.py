@@ -192,9 +192,7 @@ def _write_corpus(folder: RunFolder, experiment: Experiment) -> None:
     tokenizer = train_tokenizer(
         map(form.document, records), experiment.model.vocab_size, folder.tokenizer
     )
-    preprocess(
-        records, tokenizer, folder.corpus_prefix, template=form, append_eod=data.append_eod
-    )
+    preprocess(records, tokenizer, folder.corpus_prefix, template=form, append_eod=data.append_eod)
 
 
 def write_weights(folder: RunFolder, experiment: Experiment) -> None:
@@ -412,9 +410,7 @@ def _train(
     accumulate = training.num_micro_batches(layout)
     curve = _Curve()
     for step in range(1, training.train_iters + 1):
-        result = engine.train_step(
-            stream.step(step - 1), accumulate, learning_rate(training, step)
-        )
+        result = engine.train_step(stream.step(step - 1), accumulate, learning_rate(training, step))
         curve.add(result.loss, result.grad_norm)
         if step == training.train_iters // 2:
             curve.validation_loss = engine.validation_loss(validation.step(0), accumulate)
@@ -450,7 +446,7 @@ class _Curve:
 def _train_transformers(
     run: RunFolder, experiment: Experiment, stream: "BatchStream", validation: "BatchStream"
 ) -> Curve:
-    """The independent reference: LlamaForCausalLM, AdamW and clip_grad_norm_, as one writes them."""
+    """The independent reference: LlamaForCausalLM, AdamW, clip_grad_norm_, as one writes them."""
     import torch
 
     from internlm_lib.training.schedule import learning_rate

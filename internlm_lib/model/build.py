@@ -44,12 +44,8 @@ def build_gpt_model(
         transformer_layer_spec=_block_spec(config, spec, training.use_fused_rmsnorm),
         vocab_size=padded_vocab_size(model, layout.tensor_model_parallel_size),
         max_sequence_length=model.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(
-            ignore_virtual=False, vp_stage=vp_stage
-        ),
-        post_process=parallel_state.is_pipeline_last_stage(
-            ignore_virtual=False, vp_stage=vp_stage
-        ),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=True,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",

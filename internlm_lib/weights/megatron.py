@@ -26,7 +26,6 @@ from internlm_lib.weights.manifest import tensor_hash
 from internlm_lib.weights.model_config import write_model
 from internlm_lib.weights.verify import hash_tensors
 
-
 GPT = Module | Sequence[Module]
 """One rank's part of a model: a GPTModel, wrapped or not, or the chunks of an interleaved one."""
 

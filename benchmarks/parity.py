@@ -446,7 +446,7 @@ class _Curve:
 def _train_transformers(
     run: RunFolder, experiment: Experiment, stream: "BatchStream", validation: "BatchStream"
 ) -> Curve:
-    """The independent reference: LlamaForCausalLM, AdamW and clip_grad_norm_, as usual."""
+    """The independent reference: LlamaForCausalLM, AdamW, clip_grad_norm_, as one writes them."""
     import torch
 
     from internlm_lib.training.schedule import learning_rate

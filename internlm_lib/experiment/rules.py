@@ -143,7 +143,7 @@ def _interleaved_micro_batches(e: Experiment) -> Iterator[str]:
             yield (
                 f"{key}.virtual_pipeline_model_parallel_size: a step has {count} micro-batches per "
                 f"data parallel rank, no multiple of {key}.pipeline_model_parallel_size = {stages} "
-                "which the interleaved schedule takes them by; make training.global_batch_size a "
+                "by which the interleaved schedule takes them; make training.global_batch_size a "
                 f"multiple of {step}"
             )
 

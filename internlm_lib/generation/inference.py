@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def inference_layout(layout: Layout) -> Layout:
-    """A training layout's tensor and pipeline split, alone: one replica, whole sequences."""
+    """A training layout's tensor and pipeline split, alone: one replica, whole sequences, one
+    chunk of layers per stage."""
     return Layout(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,

@@ -13,6 +13,7 @@ from papermill.iorw import read_yaml_file
 from internlm_lib.experiment.load import from_notebook, load_experiment, load_params
 from internlm_lib.experiment.presets import PRESETS
 from internlm_lib.experiment.schema import Experiment, Layout
+from internlm_lib.generation.inference import inference_layout
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PARAMS = {path.stem: path for path in sorted((REPOSITORY / "params").glob("*.yaml"))}
@@ -324,6 +325,16 @@ def test_what_follows_from_a_recipe(
 )
 def test_a_layout_is_called_by_how_it_splits(params: str, label: str) -> None:
     assert read(params).layout("candidate").label == label
+
+
+def test_an_interleaved_layout_is_called_by_its_chunks_and_infers_without_them() -> None:
+    layout = Layout(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=4, data_parallel_size=2,
+    )  # fmt: skip
+    assert layout.label == "megatron TP2 PP2 VPP4 DP2"
+    assert (layout.num_chunks, layout.world_size) == (8, 8)
+    assert inference_layout(layout).label == "megatron TP2 PP2 DP1"
 
 
 @each_big

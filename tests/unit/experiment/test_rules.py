@@ -106,7 +106,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
             CANDIDATE + "data_parallel_size": 2,
         },
         f"{CANDIDATE}{VIRTUAL}: a step has 3 micro-batches per data parallel rank, no multiple of "
-        f"{CANDIDATE}{PIPELINE} = 2, which the interleaved schedule takes them by; make "
+        f"{CANDIDATE}{PIPELINE} = 2 by which the interleaved schedule takes them; make "
         "training.global_batch_size a multiple of 8",
     ),
     "an overlap that DeepSpeed's config has no place for": (

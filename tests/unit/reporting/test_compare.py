@@ -7,6 +7,7 @@ import pytest
 
 from internlm_lib.errors import MissingStageError, NotComparableError, VerdictError
 from internlm_lib.experiment.load import load_experiment
+from internlm_lib.files import write_json
 from internlm_lib.journal import events
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.stages import compare
@@ -104,3 +105,41 @@ def test_two_experiments_are_refused(begin, folder, write_training):
     write_training(folder, "candidate", [2.0, 1.0], tags={"data_sha256": "other"})
     with pytest.raises(NotComparableError, match="data_sha256: reference d1, candidate other"):
         compare.run(begin())
+
+
+def test_the_parity_of_layouts_is_shown_once_it_was_measured(begin, folder):
+    assert compare.layout_parity(begin()).rows[0]["to measure"] == "python benchmarks/parity.py"
+    write_json(
+        folder.parity,
+        {
+            "reference": "one rank",
+            "limits": {"loss": 1e-6, "grad_norm": 1e-5},
+            "recipe": {"training.train_iters": 50, "training.precision": "fp32"},
+            "first_loss": 6.25,
+            "last_loss": 4.5,
+            "layouts": [
+                {
+                    "layout": name,
+                    "ranks": 2,
+                    "max_relative_loss_difference": loss,
+                    "max_relative_grad_norm_difference": 2e-7,
+                    "within": {"loss": loss <= 1e-6, "grad_norm": True},
+                }
+                for name, loss in (("PP2", 1e-7), ("TP2", 1e-5))
+            ],
+            "made_with": {
+                **dict.fromkeys(("torch", "megatron-core", "deepspeed"), "1.0"),
+                "git_commit": "a" * 40, "git_dirty": True, "cpu_model": "a CPU",
+            },
+        },
+    )  # fmt: skip
+    parity = compare.layout_parity(begin())
+    assert [(row["layout"], row["within_limits"]) for row in parity.rows] == [
+        ("PP2", "yes"),
+        ("TP2", "no"),
+    ]
+    assert parity.rows[1]["loss"] == 1e-5
+    for words in ("from one rank over 50 steps in fp32", "6.250 → 4.500",
+                  "commit aaaaaaaaaaaa with changes", "on a CPU"):  # fmt: skip
+        assert words in parity.origin
+    assert len((folder.tables / "parity.csv").read_text().splitlines()) == 3

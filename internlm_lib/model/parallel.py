@@ -1,5 +1,6 @@
 """Process groups of a layout. Import only after `Device.adapt_megatron()`."""
 
+import contextlib
 import os
 import random
 from datetime import timedelta
@@ -35,7 +36,7 @@ def split_ranks(layout: Layout, *, timeout_minutes: float = 30.0, seed: int = 12
     stage, and the tensor parallel ones. InternLM's training draws from none: it has no dropout.
     """
     if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+        _leave_groups()
     parallel_state.initialize_model_parallel(
         layout.tensor_model_parallel_size,
         layout.pipeline_model_parallel_size,
@@ -47,6 +48,15 @@ def split_ranks(layout: Layout, *, timeout_minutes: float = 30.0, seed: int = 12
     numpy.random.seed(of_stage % 2**32)
     torch.manual_seed(of_stage)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _leave_groups() -> None:
+    """Megatron only forgets its groups; gloo's would keep threads that spin on closed sockets."""
+    groups = parallel_state._global_process_group_list or []
+    parallel_state.destroy_model_parallel()
+    for group in filter(None, groups):
+        with contextlib.suppress(ValueError):  # megatron has ended its gloo copies itself
+            torch.distributed.destroy_process_group(group)
 
 
 def _on_one_node() -> bool:

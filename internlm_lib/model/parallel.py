@@ -1,6 +1,7 @@
 """Process groups of a layout. Import only after `Device.adapt_megatron()`."""
 
 import contextlib
+import gc
 import os
 import random
 from datetime import timedelta
@@ -54,6 +55,7 @@ def _leave_groups() -> None:
     """Megatron only forgets its groups; gloo's would keep threads that spin on closed sockets."""
     groups = parallel_state._global_process_group_list or []
     parallel_state.destroy_model_parallel()
+    gc.collect()  # engines that are used no more refer to them
     for group in filter(None, groups):
         with contextlib.suppress(ValueError):  # megatron has ended its gloo copies itself
             torch.distributed.destroy_process_group(group)

@@ -19,10 +19,11 @@ NORM_TOLERANCE = 1e-5
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = make_run(
         tmp_path_factory.mktemp("resume"),
-        Layout(data_parallel_size=4),
+        Layout(data_parallel_size=2),
         **{
             "training.train_iters": STEPS,
             "model.num_layers": 4,
+            "training.global_batch_size": 4,
             "training.micro_batch_size": 1,
             "training.lr": 1e-2,
             "training.lr_warmup_fraction": 0.2,
@@ -35,7 +36,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
     result = folder.path / "result.json"
     launch(
-        "tests.parity.resume_worker", folder, str(result), world_size=4, logs=folder.path / "logs"
+        "tests.parity.resume_worker", folder, str(result), world_size=2, logs=folder.path / "logs"
     )
     return read_json(result)
 

@@ -172,7 +172,7 @@ def test_shells_can_read_all_that_is_rendered(tmp_path: Path) -> None:
 def test_deepspeeds_launcher_understands_its_command(tmp_path: Path) -> None:
     from deepspeed.launcher.runner import fetch_hostfile, parse_args
 
-    folder = RunFolder.of("run", tmp_path / "with a blank")
+    folder = RunFolder.of("run", tmp_path / "project")
     made = plan_ranks(
         "some.module", folder, "candidate",
         world_size=4, nnodes=2, hosts=["a01", "a02"], logs=folder.path / "logs",
@@ -194,3 +194,5 @@ def test_deepspeeds_launcher_understands_its_command(tmp_path: Path) -> None:
 def test_deepspeeds_launcher_is_not_given_what_its_shell_would_change(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="use --format torchrun"):
         render.deepspeed_command(plan(tmp_path), "hosts", "env")
+    with pytest.raises(InputError, match="the project's folder"):
+        render.deepspeed_command(plan(tmp_path / "a blank"), "hosts", "env")

@@ -8,6 +8,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from internlm_lib.devices import Device
 from internlm_lib.experiment.schema import Layout
+from internlm_lib.ranks.environment import on_one_node
 
 
 def initialize_parallel(
@@ -19,7 +20,7 @@ def initialize_parallel(
     number generators.
     """
     device.bind(int(os.environ.get("LOCAL_RANK", 0)))
-    if device.name == "cpu" and _on_one_node():
+    if device.name == "cpu" and on_one_node():
         # Works where the host's name resolves to nothing. Nodes need a network between them, which
         # the launch plan names.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -30,12 +31,6 @@ def initialize_parallel(
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-
-
-def _on_one_node() -> bool:
-    """Whether the job's launcher, torchrun or DeepSpeed's, started all ranks on this machine."""
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return local is None or local == os.environ.get("WORLD_SIZE")
 
 
 def shutdown() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from internlm_lib.errors import InputError
 from internlm_lib.ranks import render
+from internlm_lib.ranks.environment import on_one_node
 from internlm_lib.ranks.plan import LaunchPlan, plan_ranks
 from internlm_lib.ranks.stopping import stopped_file
 from internlm_lib.run_folder import RunFolder
@@ -131,6 +132,26 @@ def test_a_device_gets_its_variables_and_the_users_win(
     assert cuda["NCCL_SOCKET_IFNAME"] == "ib0" and not any("HCCL" in name for name in cuda)
     cpu = plan(tmp_path, device="cpu").environment
     assert not any("IFNAME" in name or "CCL" in name for name in cpu)
+
+
+@pytest.mark.parametrize(
+    ("variables", "one"),
+    [
+        ({}, True),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, True),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False),
+        ({"WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, False),
+    ],
+    ids=["no launcher", "one node", "torchrun", "DeepSpeed"],
+)
+def test_a_rank_knows_whether_it_needs_the_network(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], one: bool
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert on_one_node() is one
 
 
 def test_torchrun_lines_start_what_they_say(spy: Path) -> None:

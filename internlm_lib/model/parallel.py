@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from internlm_lib.devices import Device
 from internlm_lib.experiment.schema import Layout
+from internlm_lib.ranks.environment import on_one_node
 
 
 def initialize_parallel(
@@ -22,7 +23,7 @@ def initialize_parallel(
     Reads torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR …).
     """
     device.bind(int(os.environ.get("LOCAL_RANK", 0)))
-    if device.name == "cpu" and _on_one_node():
+    if device.name == "cpu" and on_one_node():
         # Works where the host's name resolves to nothing. Nodes need a network between them, which
         # the launch plan names.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -59,12 +60,6 @@ def _leave_groups() -> None:
     for group in filter(None, groups):
         with contextlib.suppress(ValueError):  # megatron has ended its gloo copies itself
             torch.distributed.destroy_process_group(group)
-
-
-def _on_one_node() -> bool:
-    """Whether the job's launcher, torchrun or DeepSpeed's, started all ranks on this machine."""
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return local is None or local == os.environ.get("WORLD_SIZE")
 
 
 def shutdown() -> None:

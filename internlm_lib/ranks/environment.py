@@ -62,3 +62,9 @@ def rank_environment(
         # A tokenizer's own threads would multiply with the ranks, and warn after a fork.
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def on_one_node() -> bool:
+    """Whether this rank's launcher, torchrun or DeepSpeed's, started all ranks of the job here."""
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return local is None or local == os.environ.get("WORLD_SIZE")

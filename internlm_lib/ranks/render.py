@@ -17,7 +17,7 @@ FORMATS = ("torchrun", "deepspeed", "slurm")
 
 _TO_END_SECONDS = 60
 """What torchrun and Slurm need, once the ranks' grace is over, before the time limit."""
-_BAD_FOR_PDSH = re.compile(r"[\"$`\\\n]")
+_PLAIN = re.compile(r"[\w@+=:,./-]*", re.ASCII)
 
 
 def torchrun_lines(plan: LaunchPlan) -> list[str]:
@@ -52,6 +52,7 @@ def deepspeed_command(plan: LaunchPlan, hostfile: str, environment: str) -> str:
     Raises:
         InputError: as `deepspeed_environment`.
     """
+    _for_pdsh("the project's folder", str(plan.folder.root))
     for argument in plan.program():
         _for_pdsh("an argument", argument)
     command = [
@@ -118,9 +119,10 @@ def _sbatch_word(option: str) -> str:
 
 
 def _for_pdsh(what: str, value: str) -> str:
-    if _BAD_FOR_PDSH.search(value):
+    if not _PLAIN.fullmatch(value):
         raise InputError(
-            f"{what} {value!r}: DeepSpeed's launcher hands it to a shell as it is, so it may hold "
-            'no ", $, `, \\ or newline; rename the folder, or use --format torchrun'
+            f"{what} {value!r}: DeepSpeed's launcher hands it to a shell on each node without "
+            "quotes, so it may hold letters, digits and _@+=:,./- only; rename it, or use "
+            "--format torchrun"
         )
     return value

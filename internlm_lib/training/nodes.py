@@ -78,9 +78,15 @@ def write_commands(
         raise InputError(f"--format {format}: give one of {', '.join(render.FORMATS)}, or none")
     formats = [format] if format else list(render.FORMATS)
     files = plan.folder.training(role).path / "launch"
-    made = {name: _RENDERERS[name](plan, experiment, files) for name in formats}
+    notes, made = _notes(plan, experiment, role), {}
+    for name in formats:
+        try:
+            made[name] = _RENDERERS[name](plan, experiment, files)
+        except InputError as error:
+            if format:
+                raise
+            notes.append(f"left out, {name}: {error}")
     save_experiment(plan.folder.experiment, plan.folder.name, experiment)
-    notes = _notes(plan, experiment, role)
     text = "\n".join([*(f"# {note}" for note in notes), *(m.pop("text") for m in made.values())])
     return {"run": plan.folder.name, "plan": _facts(plan), "notes": notes, **made, "text": text}
 
@@ -148,6 +154,7 @@ def _deepspeed(plan: LaunchPlan, experiment: Experiment, files: Path) -> dict[st
 
 
 def _slurm(plan: LaunchPlan, experiment: Experiment, files: Path) -> dict[str, Any]:
+    plan.logs.mkdir(parents=True, exist_ok=True)  # or Slurm's own log, and the job, are lost
     script = write_text(files / "job.sbatch", render.sbatch_script(plan, _device_name(experiment)))
     text = f"\n## Slurm: sbatch --time=… {script}\n{script.read_text()}"
     return {"script": str(script), "text": text}

@@ -1,15 +1,18 @@
 """One training on two nodes takes the steps it takes on one, started by the plan's own lines.
 
 The nodes are network namespaces joined by a veth pair, where they are permitted: their ranks share
-no interface but that. Everywhere, two torchrun agents on loopback.
+no interface but that. Where they are not, two torchrun agents on loopback, whose meeting is tested
+everywhere, with ranks that start quickly.
 """
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -20,6 +23,7 @@ from internlm_lib.experiment.schema import Layout
 from internlm_lib.journal import events
 from internlm_lib.ranks.launch import launch_node
 from internlm_lib.ranks.orphans import die_with_parent
+from internlm_lib.ranks.plan import LaunchPlan, plan_ranks
 from internlm_lib.ranks.render import torchrun_lines
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.training.nodes import Nodes, plan_training
@@ -42,7 +46,7 @@ def namespaces_permitted() -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-MEETINGS = ["namespaces", "loopback"] if namespaces_permitted() else ["loopback"]
+MEETING = "namespaces" if namespaces_permitted() else "loopback"
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +132,18 @@ def nodes_of(meeting: str, processes: Processes) -> tuple[list[list[str]], Nodes
     return [[], []], Nodes(2, master_addr="127.0.0.1", master_port=port, interface="lo")
 
 
-@pytest.mark.parametrize("meeting", MEETINGS)
+def run_nodes(processes: Processes, inside: list[list[str]], plan: LaunchPlan) -> None:
+    """Type the plan's line on every node, and wait until all have ended well."""
+    agents = [
+        start(processes, [*enter, "bash", "-c", line])
+        for enter, line in zip(inside, torchrun_lines(plan), strict=True)
+    ]
+    deadline = time.monotonic() + SECONDS
+    codes = [agent.wait(deadline - time.monotonic()) for agent in agents]
+    assert codes == [0, 0], logs(plan.logs)
+
+
+@pytest.mark.parametrize("meeting", [MEETING])
 def test_two_nodes_take_the_same_steps_as_one(
     run: RunFolder,
     on_one_node: list[tuple[float, float]],
@@ -137,17 +152,26 @@ def test_two_nodes_take_the_same_steps_as_one(
 ) -> None:
     _, experiment = load_experiment(run.experiment)
     inside, nodes = nodes_of(meeting, processes)
-    plan = plan_training(run, experiment, "candidate", nodes)
-    agents = [
-        start(processes, [*enter, "bash", "-c", line])
-        for enter, line in zip(inside, torchrun_lines(plan), strict=True)
-    ]
-    deadline = time.monotonic() + SECONDS
-    codes = [agent.wait(deadline - time.monotonic()) for agent in agents]
-    assert codes == [0, 0], logs(plan.logs)
+    run_nodes(processes, inside, plan_training(run, experiment, "candidate", nodes))
     assert len(on_one_node) == SETTINGS["training.train_iters"]
     assert len({loss for loss, _ in on_one_node}) > 1
     assert curve(run) == on_one_node
+
+
+def test_two_agents_on_loopback_are_one_job(tmp_path: Path, processes: Processes) -> None:
+    folder = RunFolder.of("run", tmp_path)
+    inside, nodes = nodes_of("loopback", processes)
+    plan = plan_ranks(
+        "tests.distributed.sum_worker", folder,
+        world_size=4, logs=folder.path / "logs", device="cpu", **asdict(nodes),
+    )  # fmt: skip
+    run_nodes(processes, inside, plan)
+    seen = [json.loads((folder.path / f"rank{rank}.json").read_text()) for rank in range(4)]
+    assert seen == [
+        {"RANK": rank, "LOCAL_RANK": rank % 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2,
+         "GROUP_RANK": rank // 2, "sum": 6}
+        for rank in range(4)
+    ]  # fmt: skip
 
 
 def logs(folder: Path) -> str:

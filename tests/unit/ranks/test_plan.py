@@ -12,6 +12,7 @@ import pytest
 
 from internlm_lib.errors import InputError
 from internlm_lib.ranks import render
+from internlm_lib.ranks.environment import on_one_node
 from internlm_lib.ranks.plan import LaunchPlan, plan_ranks
 from internlm_lib.ranks.stopping import stopped_file
 from internlm_lib.run_folder import RunFolder
@@ -133,6 +134,26 @@ def test_a_device_gets_its_variables_and_the_users_win(
     assert not any("IFNAME" in name or "CCL" in name for name in cpu)
 
 
+@pytest.mark.parametrize(
+    ("variables", "one"),
+    [
+        ({}, True),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}, True),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False),
+        ({"WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, False),
+    ],
+    ids=["no launcher", "one node", "torchrun", "DeepSpeed"],
+)
+def test_a_rank_knows_whether_it_needs_the_network(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], one: bool
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert on_one_node() is one
+
+
 def test_torchrun_lines_start_what_they_say(spy: Path) -> None:
     made = plan(spy)
     for line in render.torchrun_lines(made):
@@ -172,7 +193,7 @@ def test_shells_can_read_all_that_is_rendered(tmp_path: Path) -> None:
 def test_deepspeeds_launcher_understands_its_command(tmp_path: Path) -> None:
     from deepspeed.launcher.runner import fetch_hostfile, parse_args
 
-    folder = RunFolder.of("run", tmp_path / "with a blank")
+    folder = RunFolder.of("run", tmp_path / "project")
     made = plan_ranks(
         "some.module", folder, "candidate",
         world_size=4, nnodes=2, hosts=["a01", "a02"], logs=folder.path / "logs",
@@ -194,3 +215,5 @@ def test_deepspeeds_launcher_understands_its_command(tmp_path: Path) -> None:
 def test_deepspeeds_launcher_is_not_given_what_its_shell_would_change(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="use --format torchrun"):
         render.deepspeed_command(plan(tmp_path), "hosts", "env")
+    with pytest.raises(InputError, match="the project's folder"):
+        render.deepspeed_command(plan(tmp_path / "a blank"), "hosts", "env")

@@ -49,6 +49,17 @@ def test_one_format_as_json(home: Path) -> None:
     subprocess.run(["bash", "-n", found["slurm"]["script"]], check=True)
 
 
+def test_a_launcher_that_cannot_carry_a_path_is_left_out_unless_it_is_asked_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INTERNLM_HOME", str(home / "a blank"))
+    every = launch("params/tiny.yaml", "--dry-run", *CPU)
+    assert every.exit_code == 0 and "left out, deepspeed: the project's folder" in every.stdout
+    assert "#SBATCH" in every.stdout and "slots=" not in every.stdout
+    one = launch("params/tiny.yaml", "--dry-run", *CPU, "--format", "deepspeed")
+    assert one.exit_code == 2
+
+
 def test_tensor_parallel_groups_across_nodes_are_pointed_out(home: Path) -> None:
     tp2 = ("--set", "parallel.candidate.tensor_model_parallel_size=2")
     result = launch("params/tiny.yaml", "--nnodes", "2", "--dry-run", *tp2, *CPU)

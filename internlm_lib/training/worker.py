@@ -101,7 +101,8 @@ def build_engine(chunks: "list[GPTModel]", layout: Layout, experiment: Experimen
     if layout.engine == "deepspeed":
         from internlm_lib.engines.zero import ZeroEngine
 
-        return ZeroEngine(*chunks, layout, experiment.training, experiment.optimizer)
+        (gpt,) = chunks
+        return ZeroEngine(gpt, layout, experiment.training, experiment.optimizer)
     from internlm_lib.engines.megatron import MegatronEngine
 
     return MegatronEngine(chunks, layout, experiment.training, experiment.optimizer)

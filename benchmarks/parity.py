@@ -84,6 +84,7 @@ def _zero(stage: int, tp: int = 1, dp: int = 1, **more: Any) -> Layout:
 
 SP: dict[str, Any] = {"sequence_parallel": True}
 WHOLE: dict[str, Any] = {"use_distributed_optimizer": False}
+"""Every rank holds the whole optimizer."""
 REDUCE: dict[str, Any] = {"overlap_grad_reduce": True}
 OVERLAP: dict[str, Any] = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 STAGES = (1, 2, 3)
@@ -97,7 +98,7 @@ LAYOUTS: dict[str, Layout] = {
     "DP2": _megatron(dp=2),
     "DP2 whole optimizer": _megatron(dp=2, **WHOLE),
     "DP2 overlap": _megatron(dp=2, **OVERLAP),
-    "DP2 overlap, whole optimizer": _megatron(dp=2, **WHOLE, **REDUCE),
+    "DP2 overlap whole optimizer": _megatron(dp=2, **WHOLE, **REDUCE),
     **{f"ZeRO-{stage} DP2": _zero(stage, dp=2) for stage in STAGES},
     "TP4": _megatron(tp=4),
     "TP4 SP": _megatron(tp=4, **SP),

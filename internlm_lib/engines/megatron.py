@@ -117,9 +117,11 @@ class MegatronEngine:
         next step's forward pass would make them so."""
         for chunk in self._model if self._overlaps_gather else []:
             chunk.disable_forward_pre_hook(param_sync=True)
-        yield
-        for chunk in self._model if self._overlaps_gather else []:
-            chunk.enable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for chunk in self._model if self._overlaps_gather else []:
+                chunk.enable_forward_pre_hook()
 
     def fragments(self) -> Iterator[Fragment]:
         return fragments(self._optimizer)

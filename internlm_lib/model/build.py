@@ -65,14 +65,25 @@ def build_chunks(
     *,
     recompute_num_layers: int = 0,
 ) -> list[GPTModel]:
-    """This rank's part of a model to train: one GPTModel, or one per interleaved chunk."""
+    """This rank's part of a model to train: one GPTModel, or one per interleaved chunk.
+
+    Args:
+        recompute_num_layers: as in `build_gpt_model`; the first chunks' layers come first.
+    """
     chunks = layout.virtual_pipeline_model_parallel_size
+    if chunks is None:
+        return [
+            build_gpt_model(
+                model, layout, training, device, recompute_num_layers=recompute_num_layers
+            )
+        ]
+    size = model.num_layers // layout.num_chunks
     return [
         build_gpt_model(
-            model, layout, training, device,
-            recompute_num_layers=recompute_num_layers, vp_stage=vp_stage,
+            model, layout, training, device, vp_stage=vp_stage,
+            recompute_num_layers=min(max(recompute_num_layers - vp_stage * size, 0), size),
         )
-        for vp_stage in (range(chunks) if chunks else [None])
+        for vp_stage in range(chunks)
     ]  # fmt: skip
 
 

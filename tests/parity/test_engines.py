@@ -28,7 +28,7 @@ KINDS = (
     "PP2",
     "PP2 VPP2",
     "DP2",
-    "DP2 overlap, whole optimizer",
+    "DP2 overlap whole optimizer",
     "ZeRO-1 DP2",
     "ZeRO-2 DP2",
     "ZeRO-3 DP2",

@@ -22,16 +22,9 @@ def build_gpt_model(
     layout: Layout,
     training: TrainingSection,
     device: Device,
-    *,
-    recompute_num_layers: int = 0,
 ) -> GPTModel:
-    """This rank's layers on its device, weights undefined until some are loaded.
-
-    Args:
-        recompute_num_layers: layers of this stage whose activations are recomputed (with
-            `auto_recompute_device_size`); `training.recompute_granularity` concerns all layers.
-    """
-    config = transformer_config(model, layout, training, device, recompute_num_layers)
+    """This rank's layers on its device, weights undefined until some are loaded."""
+    config = transformer_config(model, layout, training, device)
     spec = layer_spec(
         attention_bias=model.attention_bias,
         use_flash_attn=training.use_flash_attn,
@@ -57,7 +50,6 @@ def transformer_config(
     layout: Layout,
     training: TrainingSection,
     device: Device,
-    recompute_num_layers: int = 0,
 ) -> TransformerConfig:
     """megatron-core's configuration of an InternLM; its fusions that need CUDA or Apex are off."""
     full = training.recompute_granularity == "full"
@@ -85,9 +77,10 @@ def transformer_config(
         bf16=training.precision == "bf16",
         params_dtype=DTYPES[training.precision],
         pipeline_dtype=DTYPES[training.precision],
-        recompute_granularity="full" if recompute_num_layers else training.recompute_granularity,
-        recompute_method="block" if recompute_num_layers else "uniform" if full else None,
-        recompute_num_layers=recompute_num_layers or (1 if full else None),
+        # What auto_recompute_device_memory_mib chooses is set on each layer (`model/layer.py`).
+        recompute_granularity=training.recompute_granularity,
+        recompute_method=(training.recompute_method or "uniform") if full else None,
+        recompute_num_layers=(training.recompute_num_layers or 1) if full else None,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

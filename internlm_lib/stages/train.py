@@ -17,7 +17,6 @@ from internlm_lib.reporting.loss import LoggedTraining, read_training
 from internlm_lib.reporting.performance import throughput
 from internlm_lib.stages.stage import Stage
 from internlm_lib.training.progress import TrainingProgress
-from internlm_lib.training.recompute import plan_recompute
 from internlm_lib.training.schedule import learning_rate
 from internlm_lib.weights.start import starting_folder
 
@@ -29,7 +28,7 @@ def check_inputs(stage: Stage) -> list[dict[str, Any]]:
 
     Raises:
         MissingStageError: token files or converted weights are not there.
-        InputError: too few devices on this machine, or a training that fits none of them.
+        InputError: too few devices on this machine.
     """
     for path in token_files(stage.folder.corpus_prefix):
         stage.needs(path, "01_prepare")
@@ -39,7 +38,6 @@ def check_inputs(stage: Stage) -> list[dict[str, Any]]:
     for role in stage.experiment.roles:
         layout = stage.experiment.layout(role)
         check_world_size(device, layout.world_size, f"parallel.{role}")
-        plan = plan_recompute(stage.experiment, layout)
         rows.append(
             {
                 "training": role,
@@ -49,7 +47,7 @@ def check_inputs(stage: Stage) -> list[dict[str, Any]]:
                 "micro-batches per step": training.num_micro_batches(layout),
                 "tokens per step": training.global_batch_size * training.seq_length,
                 "steps": training.train_iters,
-                "layers recomputed": plan.num_layers if plan else training.recompute_granularity,
+                "recompute": training.recompute_policy,
             }
         )
     return rows

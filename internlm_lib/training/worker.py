@@ -14,7 +14,7 @@ from internlm_lib.journal import Journal
 from internlm_lib.model.arithmetic import model_flops_per_token, parameter_count
 from internlm_lib.ranks.rank import rank_main
 from internlm_lib.run_folder import RunFolder
-from internlm_lib.training.recompute import RecomputePlan, plan_recompute
+from internlm_lib.training.recompute import Choice
 from internlm_lib.weights.start import starting_folder
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def _train(
     from internlm_lib.data.batches import BatchStream, build_datasets, data_order_sha256
     from internlm_lib.model.build import build_gpt_model
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
+    from internlm_lib.training.activations import decide_recompute
     from internlm_lib.training.loop import Throughput, train
     from internlm_lib.weights.megatron import load_weights, save_weights
 
@@ -52,15 +53,12 @@ def _train(
     train_data, valid_data = build_datasets(
         folder.corpus_prefix, experiment.data, training, experiment.model.vocab_size
     )
-    plan = plan_recompute(experiment, layout)
-    gpt = build_gpt_model(
-        experiment.model, layout, training, device,
-        recompute_num_layers=plan.num_layers if plan else 0,
-    )  # fmt: skip
+    gpt = build_gpt_model(experiment.model, layout, training, device)
     weights = starting_folder(folder, experiment.model)
     load_weights(gpt, weights, experiment.model)
+    choice = decide_recompute(gpt, experiment, layout, device, files.recompute)
     weights_sha256 = _weights_sha256(folder, weights, experiment.model)
-    engine = _engine(gpt, layout, experiment)
+    engine = make_engine(gpt, layout, experiment)
 
     stream = partial(
         BatchStream,
@@ -85,7 +83,7 @@ def _train(
     if is_rank_zero():
         data_sha256 = data_order_sha256(train_data)
         hashes = {"data_sha256": data_sha256, "weights_sha256": weights_sha256}
-        record("start", **_start(role, experiment, layout, device, plan, hashes))
+        record("start", **_start(role, experiment, layout, device, choice, hashes))
     train(
         engine, stream(train_data), stream(valid_data) if valid_data else None,
         training=training, layout=layout, device=device, throughput=throughput, record=record,
@@ -96,7 +94,7 @@ def _train(
     shutdown()
 
 
-def _engine(gpt: "GPTModel", layout: Layout, experiment: Experiment) -> "Engine":
+def make_engine(gpt: "GPTModel", layout: Layout, experiment: Experiment) -> "Engine":
     if layout.engine == "deepspeed":
         from internlm_lib.engines.zero import ZeroEngine
 
@@ -125,7 +123,7 @@ def _start(
     experiment: Experiment,
     layout: Layout,
     device: Device,
-    plan: RecomputePlan | None,
+    choice: Choice | None,
     hashes: dict[str, str],
 ) -> dict[str, Any]:
     """What the `start` event says a training is."""
@@ -143,7 +141,7 @@ def _start(
         "first_step": 1,
         "tokens_per_step": training.global_batch_size * training.seq_length,
         "parameters": parameter_count(experiment.model),
-        "recompute_num_layers": plan.num_layers if plan else None,
+        "recompute_layers": choice.layers if choice else None,
         "tags": {
             "config_sha256": provenance.sha256_of_experiment(experiment),
             **hashes,

@@ -104,9 +104,9 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "recomputation chosen twice": (
         {
             "training.recompute_granularity": "full",
-            "training.auto_recompute_device_size": 46080,
+            "training.auto_recompute_device_memory_mib": 46080,
         },
-        "training.recompute_granularity and training.auto_recompute_device_size are both set; "
+        "training.recompute_granularity and training.auto_recompute_device_memory_mib are both set; "
         "the second chooses what to recompute: set one of them to null",
     ),
     "two references": (
@@ -149,7 +149,7 @@ KEPT: dict[str, dict[str, Any]] = {
     "a split with nothing but a training part": {"data.split": "0.1,0,0"},
     "a learning rate that ends where it starts": {"training.lr": 1e-6, "training.min_lr": 1e-6},
     "recomputation chosen by hand": {"training.recompute_granularity": "selective"},
-    "recomputation chosen by memory": {"training.auto_recompute_device_size": 46080},
+    "recomputation chosen by memory": {"training.auto_recompute_device_memory_mib": 46080},
     "a reference from another run": {"parallel.reference_run": "gpu"},
     "the smallest vocabulary that can be trained": {"model.vocab_size": 300},
     "a small vocabulary of a given tokenizer": {

@@ -22,7 +22,7 @@ SEVEN = {"model": {"preset": "internlm-7b"}}
 
 
 def experiment(limit: int | None, shape: dict[str, Any] = SEVEN, **training: Any) -> Experiment:
-    keys = {"auto_recompute_device_size": limit, **training}
+    keys = {"auto_recompute_device_memory_mib": limit, **training}
     _, resolved = resolve({**shape, "training": keys}, {}, source="test", default_run_name="test")
     return resolved
 
@@ -81,7 +81,7 @@ def test_too_little_memory_names_the_key_the_layout_and_what_is_needed(
         plan(layout, 1000)
     message = str(caught.value)
     needed = int(message.partition("needs about ")[2].partition(" MiB")[0])
-    assert message.startswith(f"training.auto_recompute_device_size = 1000 MiB: {layout.label} ")
+    assert message.startswith(f"training.auto_recompute_device_memory_mib = 1000 MiB: {layout.label} ")
     assert f"even when all {layers} layers of a stage are recomputed" in message
     assert "lower training.micro_batch_size" in message
     assert plan(layout, needed + 1).num_layers == layers

@@ -1,0 +1,80 @@
+"""Every policy of recomputation: bitwise the same training, and the memory it was predicted to keep.
+
+One launch trains under all policies and settings, each from the same weights.
+"""
+
+from typing import Any
+
+import pytest
+
+from internlm_lib.files import read_json
+from internlm_lib.model.parts import PARTS, WHOLE_LAYER
+from internlm_lib.ranks.launch import launch
+from internlm_lib.training.recompute import MIB
+from tests.parity.make_run import make_run
+from tests.parity.recompute_worker import CHOSEN, POLICIES, SEQUENCE_PARALLEL, SETTINGS, STEPS
+
+MEMORY_TOLERANCE = 1e-6
+"""Relative. Bytes of one layer times layers are exact: only the prediction's rounding is left."""
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("recompute")
+    run = make_run(root, SEQUENCE_PARALLEL, **{"model.num_layers": 4})
+    result = root / "found.json"
+    launch(
+        "tests.parity.recompute_worker", run, str(result), world_size=2, logs=run.path / "logs"
+    )  # fmt: skip
+    return read_json(result)
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def found(request: pytest.FixtureRequest, everything: Any) -> Any:
+    return everything[request.param]
+
+
+def test_losses_gradients_and_weights_are_bitwise_those_without_recomputation(found: Any) -> None:
+    runs = {**found["policies"], "adaptive": found["trained"]}
+    expected = runs.pop("none")
+    assert len(expected["losses"]) == STEPS and len(set(expected["losses"])) == STEPS
+    for name, run in runs.items():
+        for numbers in ("losses", "norms", "weights"):
+            assert run[numbers] == expected[numbers], name
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, *CHOSEN])
+def test_a_policy_keeps_the_activations_it_was_predicted_to(policy: str, found: Any) -> None:
+    run = found["policies"][policy]
+    assert run["predicted"] == pytest.approx(run["measured"], rel=MEMORY_TOLERANCE)
+
+
+def test_policies_save_memory(found: Any) -> None:
+    kept = {name: run["measured"] for name, run in found["policies"].items()}
+    assert all(kept[name] < kept["none"] for name in kept if name not in ("none", "core_attention"))
+    assert kept["full uniform 2"] < kept["full uniform 1"] == kept[WHOLE_LAYER]
+    assert kept["full uniform 1"] < kept["full block 3"] < kept["none"]
+    assert kept["full uniform 1"] < kept["all parts"]
+    assert all(kept["all parts"] < kept[part] for part in PARTS)
+
+
+def test_the_cheapest_choice_that_fits_is_the_same_on_all_ranks_and_after_a_restart(
+    found: Any,
+) -> None:
+    record = found["record"]
+    chosen = record["choice"]["layers"]
+    assert record["choice"]["memory_bytes"] <= found["limit"] * MIB
+    assert sum(chosen.values()) > 0 and chosen[WHOLE_LAYER] < 4
+    assert {row["part"]: row["layers recomputed"] for row in record["rows"]} == chosen
+    assert all(row["adds ms per layer"] > 0 for row in record["rows"])
+    for first, second, layers in found["choices"]:
+        assert first == second == chosen
+        assert len(layers) == 4
+        assert {part: sum(part in names for names in layers) for part in chosen} == chosen
+    assert found["trained"]["measured"] < found["policies"]["none"]["measured"]
+
+
+def test_a_limit_that_nothing_fits_says_by_how_many_mib(found: Any) -> None:
+    assert found["refusal"].startswith("training.auto_recompute_device_memory_mib = 1: ")
+    words = found["refusal"].split()
+    assert int(words[words.index("MiB") - 1]) == 1 + int(words[words.index("more,") - 2])

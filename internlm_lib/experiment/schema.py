@@ -158,7 +158,8 @@ class TrainingSection(Section):
     """With `full`; null means 1. See recompute_method."""
     auto_recompute_device_memory_mib: Count | None = None
     """Device memory in MiB that a training may fill: the cheapest parts of layers are recomputed
-    that make it fit (the predecessor's `--auto-recompute-device-size`). Excludes the three above."""
+    that make it fit (the predecessor's `--auto-recompute-device-size`); excludes the three above.
+    """
     eval_interval: Count = 1000
     """Steps between validation losses."""
     eval_iters: CountOrZero = 0

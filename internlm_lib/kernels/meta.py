@@ -1,7 +1,8 @@
-"""Attention and RMSNorm on the meta device: no numbers, but what an accelerator's operators keep.
+"""Attention and RMSNorm on the meta device: no numbers, but what fused operators keep for backward.
 
-On that device torch falls back to formulas spelled out, which keep scores and fp32 copies that no
-fused operator does. Here it keeps for the backward pass what the fused ones do (measured on none).
+On that device torch falls back to formulas spelled out, which keep scores and fp32 copies that an
+accelerator's fused operators do not. Counted as torch's derivatives of these save; on an NPU, whose
+attention keeps two statistics of the softmax eightfold, it is some more.
 """
 
 from typing import Any

@@ -50,13 +50,15 @@ class RecomputingLayer(TransformerLayer):
     ) -> Tensor:
         """megatron's forward pass of an InternLM layer, each part through `run`."""
         attention, mlp = self.self_attention, self.mlp
+        core_attention = partial(self._core_attention, attention_mask)
         normed = run("input_layernorm", self.input_layernorm, x)
         heads = run("qkv", partial(self._heads, rotary), normed)
-        core = partial(self._core_attention, attention_mask)
-        x = self._add(run("linear_proj", attention.linear_proj, run("core_attention", core, *heads)), x)
+        context = run("core_attention", core_attention, *heads)
+        x = self._add(run("linear_proj", attention.linear_proj, context), x)
         normed = run("pre_mlp_layernorm", self.pre_mlp_layernorm, x)
         wide = run("linear_fc1", lambda tensor: mlp.linear_fc1(tensor)[0], normed)
-        return self._add(run("linear_fc2", mlp.linear_fc2, run("activation", self._activate, wide)), x)
+        narrow = run("activation", self._activate, wide)
+        return self._add(run("linear_fc2", mlp.linear_fc2, narrow), x)
 
     def _heads(self, rotary: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, turned by the rotary embedding, and values: [s, b, heads, head_dim]."""

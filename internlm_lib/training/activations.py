@@ -55,8 +55,9 @@ def decide_recompute(
     inputs = _inputs(experiment, layout, device)
     choice = _earlier_choice(record, inputs)
     if choice is None:
-        mine = measure_layer(gpt, experiment.training, device), measure_rank(
-            gpt, experiment.training, layout, device
+        mine = (
+            measure_layer(gpt, experiment.training, device),
+            measure_rank(gpt, experiment.training, layout, device),
         )
         everyone: list[tuple[LayerCost, RankMemory]] = [mine] * layout.world_size
         torch.distributed.all_gather_object(everyone, mine)
@@ -119,9 +120,7 @@ def measure_rank(
     )
 
 
-def forward_pass(
-    gpt: GPTModel, training: TrainingSection, device: Device
-) -> Callable[[], Tensor]:
+def forward_pass(gpt: GPTModel, training: TrainingSection, device: Device) -> Callable[[], Tensor]:
     """A forward pass of this rank's part of the model: a micro-batch of zeros, and on later
     pipeline stages an input of ones."""
     tokens = torch.zeros(
@@ -161,7 +160,7 @@ def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int
 
 
 def _layer_input(gpt: GPTModel, training: TrainingSection, device: Device) -> Tensor:
-    """[s, b, h], of the sequence this rank's part. Ones: a random draw would change the training's."""
+    """Ones, [s, b, h], of the sequence this rank's part; random ones would change later draws."""
     config = gpt.config
     shared = config.tensor_model_parallel_size if config.sequence_parallel else 1
     return torch.ones(

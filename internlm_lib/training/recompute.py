@@ -5,7 +5,7 @@ them found, every rank makes the same choice here. Imports nothing heavy.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
@@ -112,12 +112,15 @@ def memory_bytes(layer: LayerCost, rank: RankMemory, layers: Mapping[str, int]) 
     """States, the activations in flight, and what comes on top of them for a while.
 
     That is, whichever is more: the loss and its gradient, taken to be as large as all that is kept
-    around the layers; or what is recomputed of one layer (of its parts twice, an upper bound: megatron
-    copies the outputs it computes again into the tensors it had dropped). Not counted: what the
-    framework, the collectives' buffers and fragmentation take.
+    around the layers; or what is recomputed of one layer (of its parts twice, an upper bound:
+    megatron copies the outputs it computes again into the tensors it had dropped). Not counted:
+    what the framework, the collectives' buffers and fragmentation take.
     """
-    activations = rank.in_flight * kept_bytes_of_choice(layer, rank, layers)
-    return rank.state_bytes + activations + max(rank.around_bytes, _returning(layer, layers))
+    return _total(rank, kept_bytes_of_choice(layer, rank, layers), _returning(layer, layers))
+
+
+def _total(rank: RankMemory, kept: int, returning: int) -> int:
+    return rank.state_bytes + rank.in_flight * kept + max(rank.around_bytes, returning)
 
 
 def _returning(layer: LayerCost, layers: Mapping[str, int]) -> int:
@@ -126,10 +129,12 @@ def _returning(layer: LayerCost, layers: Mapping[str, int]) -> int:
     return max(parts, layer.part(WHOLE_LAYER).saved_bytes if layers[WHOLE_LAYER] else 0)
 
 
-def choose(
-    layer: LayerCost, ranks: Sequence[RankMemory], limit_mib: int, layout: Layout
-) -> Choice:
-    """The choice that adds least time of all that fit every rank: a search of all, not a heuristic.
+def choose(layer: LayerCost, ranks: Sequence[RankMemory], limit_mib: int, layout: Layout) -> Choice:
+    """The choice that adds least time of all that fit every rank: a search of all, no heuristic.
+
+    What returns in the backward pass depends only on whether layers are recomputed whole and on
+    which parts of others are. So for every number of whole layers and every set of parts, the bytes
+    still to be saved are known, and the numbers of layers are those of a small integer program.
 
     Args:
         layer: measured on one rank; ranks of other stages have the same layers.
@@ -137,71 +142,66 @@ def choose(
     Raises:
         InputError: none fits; it says by how many MiB.
     """
-    kinds = sorted(set(ranks), key=lambda rank: -rank.state_bytes)
-    number, limit = min(rank.layers for rank in kinds), limit_mib * MIB
+    kinds, number = set(ranks), min(rank.layers for rank in ranks)
+    limit = limit_mib * MIB
     best: tuple[float, dict[str, int]] | None = None
-    for whole, support in _supports(layer, number, lambda: best[0] if best else math.inf):
-        layers = {WHOLE_LAYER: whole, **dict.fromkeys(PARTS, 0)}
-        returning = _returning(layer, layers | dict.fromkeys((p.name for p in support), 1))
-        needed = max(
-            math.ceil(
-                (
-                    rank.state_bytes
-                    + rank.in_flight * kept_bytes_of_choice(layer, rank, layers)
-                    + max(rank.around_bytes, returning)
-                    - limit
+    for whole in range(number + 1):
+        seconds = whole * layer.part(WHOLE_LAYER).seconds
+        if best and seconds >= best[0]:
+            break
+        for parts in _sets_of_parts(layer):
+            layers = _layers(whole, parts, 0)
+            returning = _returning(layer, _layers(whole, parts, 1))
+            needed = max(
+                math.ceil(
+                    (_total(rank, kept_bytes_of_choice(layer, rank, layers), returning) - limit)
+                    / rank.in_flight
                 )
-                / rank.in_flight
+                for rank in kinds
             )
-            for rank in kinds
-        )
-        so_far = whole * layer.part(WHOLE_LAYER).seconds
-        bound = best[0] - so_far if best else math.inf
-        found = _cheapest_cover(support, number - whole, needed, bound)
-        if found:
-            best = (so_far + found[0], layers | found[1])
+            bound = best[0] - seconds if best else math.inf
+            if found := _cheapest_cover(parts, number - whole, needed, bound):
+                best = (seconds + found[0], layers | found[1])
     if best is None:
         raise InputError(_too_much(layer, kinds, number, limit_mib, layout))
     fullest = max(memory_bytes(layer, rank, best[1]) for rank in kinds)
     return Choice(best[1], fullest, best[0])
 
 
-def _supports(
-    layer: LayerCost, number: int, best_seconds: Any
-) -> Iterator[tuple[int, list[PartCost]]]:
-    """Every number of whole layers with every set of parts that other layers may recompute.
-
-    What returns in the backward pass depends on these alone. Fewest first; ends at the number of
-    whole layers that alone takes longer than the best choice so far.
-    """
+def _sets_of_parts(layer: LayerCost) -> list[list[PartCost]]:
+    """All sets of parts that save memory, small ones first."""
     useful = [layer.part(name) for name in PARTS if layer.part(name).saved_bytes > 0]
-    for whole in range(number + 1):
-        if whole * layer.part(WHOLE_LAYER).seconds >= best_seconds():
-            return
-        for size in range(len(useful) + 1):
-            for support in combinations(useful, size):
-                yield whole, list(support)
+    sizes = range(len(useful) + 1)
+    return [list(chosen) for size in sizes for chosen in combinations(useful, size)]
+
+
+def _layers(whole: int, parts: Sequence[PartCost], number: int) -> dict[str, int]:
+    """`whole` layers, and of each of the parts `number`, as `Choice.layers`."""
+    return {
+        WHOLE_LAYER: whole,
+        **dict.fromkeys(PARTS, 0),
+        **{part.name: number for part in parts},
+    }
 
 
 def _cheapest_cover(
     parts: Sequence[PartCost], limit: int, needed: int, bound: float
 ) -> tuple[float, dict[str, int]] | None:
-    """0 … `limit` of each part that save `needed` bytes in the least time, if below `bound` seconds.
+    """0 … `limit` of each part that save `needed` bytes in least time, if in less than `bound` s.
 
     Branch and bound; the bound is that of the relaxation to fractions of a layer.
     """
     ordered = sorted(parts, key=lambda part: (part.seconds / part.saved_bytes, part.name))
     best: tuple[float, dict[str, int]] | None = None
 
-    def least_seconds(index: int, needed: int) -> float:
+    def least_seconds(index: int, needed: float) -> float:
         seconds = 0.0
         for part in ordered[index:]:
-            if needed <= 0:
-                return seconds
-            used = min(limit, needed / part.saved_bytes)
+            used = min(limit, max(needed, 0) / part.saved_bytes)
             seconds += used * part.seconds
-            needed -= math.ceil(used * part.saved_bytes)
-        return seconds if needed <= 0 else math.inf
+            needed -= used * part.saved_bytes
+        # What is left of it is a rounding error, or more than all parts save.
+        return seconds if needed < 1 else math.inf
 
     def search(index: int, needed: int, seconds: float, chosen: dict[str, int]) -> None:
         nonlocal best, bound
@@ -209,7 +209,7 @@ def _cheapest_cover(
             if seconds < bound:
                 best, bound = (seconds, chosen), seconds
             return
-        if seconds + least_seconds(index, needed) >= bound:
+        if index == len(ordered) or seconds + least_seconds(index, needed) >= bound:
             return
         part = ordered[index]
         for count in range(min(limit, math.ceil(needed / part.saved_bytes)), -1, -1):
@@ -221,23 +221,14 @@ def _cheapest_cover(
 
 
 def _too_much(
-    layer: LayerCost, kinds: Sequence[RankMemory], number: int, limit_mib: int, layout: Layout
+    layer: LayerCost, kinds: Collection[RankMemory], number: int, limit_mib: int, layout: Layout
 ) -> str:
-    least = min(
-        max(
-            memory_bytes(
-                layer,
-                rank,
-                {
-                    WHOLE_LAYER: whole,
-                    **dict.fromkeys(PARTS, 0),
-                    **{part.name: number - whole for part in support},
-                },
-            )
-            for rank in kinds
-        )
-        for whole, support in _supports(layer, number, lambda: math.inf)
+    extremes = (
+        _layers(whole, parts, number - whole)
+        for whole in range(number + 1)
+        for parts in _sets_of_parts(layer)
     )
+    least = min(max(memory_bytes(layer, rank, each) for rank in kinds) for each in extremes)
     needed = math.ceil(least / MIB)
     return (
         f"training.auto_recompute_device_memory_mib = {limit_mib}: {layout.label} needs {needed} "

@@ -1,4 +1,4 @@
-"""Every policy of recomputation: bitwise the same training, and the memory it was predicted to keep.
+"""Every policy of recomputation: bitwise the same training, and the memory that was predicted.
 
 One launch trains under all policies and settings, each from the same weights.
 """

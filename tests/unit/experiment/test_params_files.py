@@ -268,7 +268,8 @@ def test_a_recipe_leaves_no_value_of_its_training_to_the_kit_s_defaults(params: 
     left = set(Experiment.model_fields["training"].annotation.model_fields) - set(
         values["training"]
     )
-    assert left <= {"recompute_granularity", "lr_decay_iters"}
+    of_full_recompute = {"recompute_granularity", "recompute_method", "recompute_num_layers"}
+    assert left <= of_full_recompute | {"lr_decay_iters"}
     assert ("lr_decay_iters" in left) == (params in (ACCURACY, PRETRAINED))
     optimizer = Experiment.model_fields["optimizer"].annotation.model_fields
     assert set(values["optimizer"]) == set(optimizer)

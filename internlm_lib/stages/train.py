@@ -12,6 +12,7 @@ from internlm_lib.data.indexed import token_files
 from internlm_lib.devices import select_device
 from internlm_lib.devices.base import check_world_size
 from internlm_lib.errors import KitError
+from internlm_lib.files import read_json
 from internlm_lib.ranks.launch import launch
 from internlm_lib.reporting.loss import LoggedTraining, read_training
 from internlm_lib.reporting.performance import throughput
@@ -81,6 +82,18 @@ def train(stage: Stage, show: Callable[[str], None] = lambda text: None) -> list
     ]
     stage.table("training", rows)
     return rows
+
+
+def recompute_rows(stage: Stage) -> list[dict[str, Any]]:
+    """What each training recomputes, one row per part of a layer, as it was measured and chosen;
+    no rows without `training.auto_recompute_device_memory_mib`."""
+    records = {role: stage.folder.training(role).recompute for role in stage.experiment.roles}
+    return [
+        {"training": role, **row}
+        for role, path in records.items()
+        if path.exists() and stage.experiment.training.auto_recompute_device_memory_mib
+        for row in read_json(path)["rows"]
+    ]
 
 
 def draw_losses(stage: Stage) -> Path:

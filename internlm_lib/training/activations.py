@@ -141,6 +141,11 @@ def forward_pass(gpt: GPTModel, training: TrainingSection, device: Device) -> Ca
 
 def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
     """Bytes that a forward pass keeps for the backward pass, as they are when it has ended."""
+    return counted(forward, parameters)[1]
+
+
+def counted(forward: Callable[[], Tensor], parameters: Iterable[Tensor]) -> tuple[Tensor, int]:
+    """What a forward pass returns, and `saved_bytes` of it."""
     own = {parameter.untyped_storage()._cdata for parameter in parameters}
     # Kept alive while counting: the address of a storage that is gone may be given to another.
     kept: dict[int, torch.UntypedStorage] = {}
@@ -153,10 +158,8 @@ def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()
-    # Read at the end: outputs that are recomputed were saved first and emptied later.
-    total = sum(storage.nbytes() for storage in kept.values())
-    del output
-    return total
+    # Counted at the end: outputs that are recomputed were saved first and emptied later.
+    return output, sum(storage.nbytes() for storage in kept.values())
 
 
 def _layer_input(gpt: GPTModel, training: TrainingSection, device: Device) -> Tensor:
@@ -195,6 +198,8 @@ def _part_seconds(
     layer: RecomputingLayer, x: Tensor, rotary: Tensor, device: Device
 ) -> dict[str, float]:
     """Medians of the parts' forward passes after one to warm up; the layer's is the sum of all."""
+    if device.name == "meta":
+        return dict.fromkeys((*PARTS, WHOLE_LAYER), 0.0)
     taken: dict[str, list[float]] = defaultdict(list)
 
     def run(part: str, function: Callable[..., Any], *tensors: Tensor) -> Any:
@@ -207,8 +212,6 @@ def _part_seconds(
 
     for _ in range(1 + _TIMINGS):
         layer.in_parts(x, rotary, None, run)
-    if device.name == "meta":
-        return dict.fromkeys((*PARTS, WHOLE_LAYER), 0.0)
     seconds = {part: median(times[1:]) for part, times in taken.items()}
     return {**seconds, WHOLE_LAYER: sum(seconds.values())}
 

@@ -18,10 +18,10 @@ from internlm_lib.experiment.schema import Experiment, Layout
 from internlm_lib.model.arithmetic import rank_state_bytes
 from internlm_lib.model.build import build_gpt_model
 from internlm_lib.training.activations import (
+    counted,
     forward_pass,
     measure_layer,
     measure_rank,
-    saved_bytes,
 )
 from internlm_lib.training.recompute import LayerCost, RankMemory, kept_bytes
 
@@ -60,9 +60,7 @@ def build_rank(experiment: Experiment, layout: Layout, rank: int) -> RankBuild:
     with rank_on_meta(experiment, layout, rank) as gpt:
         layer = measure_layer(gpt, training, device)
         memory = measure_rank(gpt, training, layout, device)
-        forward = forward_pass(gpt, training, device)
-        kept = saved_bytes(forward, gpt.parameters())
-        output = forward()
+        output, kept = counted(forward_pass(gpt, training, device), gpt.parameters())
         torch.autograd.backward(output, torch.empty_like(output))
         without = [name for name, weight in gpt.named_parameters() if weight.grad is None]
         if without:

@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -35,17 +36,29 @@ CHOSEN: dict[str, dict[str, int]] = {
     "whole layers and parts": {WHOLE_LAYER: 1, "activation": 3, "core_attention": 1},
 }
 """What `auto_recompute_device_memory_mib` may choose, as layers of each part."""
+NOTHING = dict.fromkeys((*PARTS, WHOLE_LAYER), 0)
 
 
 SEQUENCE_PARALLEL = Layout(tensor_model_parallel_size=2, sequence_parallel=True)
-SETTINGS: dict[str, tuple[Layout, dict[str, Any]]] = {
-    "megatron TP2 SP, fused": (SEQUENCE_PARALLEL, {}),
-    "megatron TP2 SP, spelled out": (
-        SEQUENCE_PARALLEL, {"use_flash_attn": False, "use_fused_rmsnorm": False},
+SETTINGS: dict[str, tuple[Layout, dict[str, Any], tuple[str, ...]]] = {
+    "megatron TP2 SP": (SEQUENCE_PARALLEL, {}, (*POLICIES, *CHOSEN)),
+    "megatron TP2 SP, operators spelled out": (
+        SEQUENCE_PARALLEL,
+        {"use_flash_attn": False, "use_fused_rmsnorm": False},
+        ("none", "selective", "input_layernorm", "core_attention", "all parts"),
     ),
-    "ZeRO-3 DP2": (Layout(engine="deepspeed", zero_stage=3, data_parallel_size=2), {}),
-}  # fmt: skip
-"""Layout, and what its training differs in."""
+    "megatron PP2": (
+        Layout(pipeline_model_parallel_size=2),
+        {},
+        ("none", "full uniform 2", "neighbours", "whole layers and parts"),
+    ),
+    "ZeRO-3 DP2": (
+        Layout(engine="deepspeed", zero_stage=3, data_parallel_size=2),
+        {},
+        ("none", "full uniform 1", "neighbours", "all parts"),
+    ),
+}
+"""Layout, what its training differs in, and the policies tried."""
 
 
 def compare(folder: RunFolder, result: str) -> None:
@@ -60,11 +73,11 @@ def _compare(folder: RunFolder, experiment: Experiment, device: Device, result: 
 
     initialize_parallel(SEQUENCE_PARALLEL, device)
     found = {}
-    for name, (layout, keys) in SETTINGS.items():
+    for name, (layout, keys, policies) in SETTINGS.items():
         _split_anew(layout)
         changed = _with(experiment, **keys)
         found[name] = {
-            "policies": _policies(folder, changed, layout, device),
+            "policies": _policies(folder, changed, layout, device, policies),
             **_decided_twice(folder, changed, layout, device, result.with_name(f"{name}.json")),
         }
     if is_rank_zero():
@@ -76,27 +89,31 @@ def _split_anew(layout: Layout) -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(layout.tensor_model_parallel_size)
+    parallel_state.initialize_model_parallel(
+        layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    )
 
 
 def _policies(
-    folder: RunFolder, experiment: Experiment, layout: Layout, device: Device
+    folder: RunFolder,
+    experiment: Experiment,
+    layout: Layout,
+    device: Device,
+    policies: tuple[str, ...],
 ) -> dict[str, Any]:
     from internlm_lib.training.recompute import kept_bytes, kept_bytes_of_choice
 
     layer, rank = _measured(_model(folder, experiment, layout, device), experiment, layout, device)
     found = {}
-    for name, keys in POLICIES.items():
-        changed = _with(experiment, **keys)
+    for name in policies:
+        changed = _with(experiment, **POLICIES.get(name, {}))
         gpt = _model(folder, changed, layout, device)
         predicted = kept_bytes(layer, rank, changed.training)
+        if name in CHOSEN:
+            layers = NOTHING | {k: min(n, rank.layers) for k, n in CHOSEN[name].items()}
+            _apply(gpt, layers)
+            predicted = kept_bytes_of_choice(layer, rank, layers)
         found[name] = _trained(gpt, changed, layout, device, predicted)
-    for name, chosen in CHOSEN.items():
-        layers = dict.fromkeys((*PARTS, WHOLE_LAYER), 0) | chosen
-        gpt = _model(folder, experiment, layout, device)
-        _apply(gpt, layers)
-        predicted = kept_bytes_of_choice(layer, rank, layers)
-        found[name] = _trained(gpt, experiment, layout, device, predicted)
     return found
 
 
@@ -106,35 +123,43 @@ def _decided_twice(
     """With a limit halfway between all and nothing recomputed; then again, as on a restart, and
     once more with a limit that nothing fits."""
     from internlm_lib.errors import InputError
-    from internlm_lib.training.activations import decide_recompute
-    from internlm_lib.training.recompute import MIB, memory_bytes
+    from internlm_lib.training import activations
 
     gpt = _model(folder, experiment, layout, device)
-    layer, rank = _measured(gpt, experiment, layout, device)
-    bounds = [
-        memory_bytes(layer, rank, dict.fromkeys((*PARTS, WHOLE_LAYER), 0) | {WHOLE_LAYER: layers})
-        for layers in (rank.layers, 0)
-    ]
-    limit = round(sum(bounds) / 2 / MIB)
+    limit = _limit(gpt, experiment, layout, device)
     adaptive = _with(experiment, auto_recompute_device_memory_mib=limit)
-    first = decide_recompute(gpt, adaptive, layout, device, record)
+    first = activations.decide_recompute(gpt, adaptive, layout, device, record)
     assert first is not None
-    written = read_json(record) if record.exists() else None
     again = _model(folder, experiment, layout, device)
-    second = decide_recompute(again, adaptive, layout, device, record)
+    with patch.object(activations, "measure_layer", side_effect=AssertionError("measured again")):
+        second = activations.decide_recompute(again, adaptive, layout, device, record)
     everyone: list[Any] = [None] * layout.world_size
     sets = [sorted(layer.recompute) for layer in again.decoder.layers]
     torch.distributed.all_gather_object(everyone, (first.layers, second and second.layers, sets))
     try:
         tiny = _with(experiment, auto_recompute_device_memory_mib=1)
-        decide_recompute(again, tiny, layout, device, record.with_name("none.json"))
+        activations.decide_recompute(again, tiny, layout, device, record.with_name("none.json"))
         refusal = ""
     except InputError as error:
         refusal = str(error)
     return {
-        "limit": limit, "record": written, "choices": everyone, "refusal": refusal,
+        "limit": limit,
+        "record": read_json(record) if record.exists() else None,
+        "choices": everyone,
+        "refusal": refusal,
         "trained": _trained(gpt, adaptive, layout, device, 0),
-    }  # fmt: skip
+    }
+
+
+def _limit(gpt: Any, experiment: Experiment, layout: Layout, device: Device) -> int:
+    """In MiB; the first rank's, told to all."""
+    from internlm_lib.training.recompute import MIB, memory_bytes
+
+    layer, rank = _measured(gpt, experiment, layout, device)
+    bounds = (memory_bytes(layer, rank, NOTHING | {WHOLE_LAYER: n}) for n in (0, rank.layers))
+    limit = [round(sum(bounds) / 2 / MIB)]
+    torch.distributed.broadcast_object_list(limit, src=0)
+    return limit[0]
 
 
 def _with(experiment: Experiment, **training: Any) -> Experiment:

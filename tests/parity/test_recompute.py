@@ -15,7 +15,7 @@ from tests.parity.make_run import make_run
 from tests.parity.recompute_worker import CHOSEN, POLICIES, SEQUENCE_PARALLEL, SETTINGS, STEPS
 
 MEMORY_TOLERANCE = 1e-6
-"""Relative. Bytes of one layer times layers are exact: only the prediction's rounding is left."""
+"""Relative; bytes of one layer times layers are exact."""
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +43,18 @@ def test_losses_gradients_and_weights_are_bitwise_those_without_recomputation(fo
             assert run[numbers] == expected[numbers], name
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, *CHOSEN])
-def test_a_policy_keeps_the_activations_it_was_predicted_to(policy: str, found: Any) -> None:
-    run = found["policies"][policy]
-    assert run["predicted"] == pytest.approx(run["measured"], rel=MEMORY_TOLERANCE)
+def test_a_policy_keeps_the_activations_it_was_predicted_to(found: Any) -> None:
+    for name, run in found["policies"].items():
+        assert run["predicted"] == pytest.approx(run["measured"], rel=MEMORY_TOLERANCE), name
 
 
-def test_policies_save_memory(found: Any) -> None:
-    kept = {name: run["measured"] for name, run in found["policies"].items()}
-    assert all(kept[name] < kept["none"] for name in kept if name not in ("none", "core_attention"))
-    assert kept["full uniform 2"] < kept["full uniform 1"] == kept[WHOLE_LAYER]
-    assert kept["full uniform 1"] < kept["full block 3"] < kept["none"]
-    assert kept["full uniform 1"] < kept["all parts"]
-    assert all(kept["all parts"] < kept[part] for part in PARTS)
+def test_policies_save_memory(everything: Any) -> None:
+    policies = everything["megatron TP2 SP"]["policies"]
+    kept = {name: run["measured"] for name, run in policies.items()}
+    assert set(kept) == {*POLICIES, *CHOSEN}
+    assert all(kept[name] < kept["none"] for name in kept if name != "none")
+    assert kept["full uniform 2"] < kept["full uniform 1"] < kept["full block 3"]
+    assert kept[WHOLE_LAYER] < kept["all parts"] < min(kept[part] for part in PARTS)
 
 
 def test_the_cheapest_choice_that_fits_is_the_same_on_all_ranks_and_after_a_restart(
@@ -64,12 +63,11 @@ def test_the_cheapest_choice_that_fits_is_the_same_on_all_ranks_and_after_a_rest
     record = found["record"]
     chosen = record["choice"]["layers"]
     assert record["choice"]["memory_bytes"] <= found["limit"] * MIB
-    assert sum(chosen.values()) > 0 and chosen[WHOLE_LAYER] < 4
+    assert sum(chosen.values()) > 0
     assert {row["part"]: row["layers recomputed"] for row in record["rows"]} == chosen
     assert all(row["adds ms per layer"] > 0 for row in record["rows"])
     for first, second, layers in found["choices"]:
         assert first == second == chosen
-        assert len(layers) == 4
         assert {part: sum(part in names for names in layers) for part in chosen} == chosen
     assert found["trained"]["measured"] < found["policies"]["none"]["measured"]
 

@@ -58,7 +58,7 @@ def _train(
     load_weights(gpt, weights, experiment.model)
     choice = decide_recompute(gpt, experiment, layout, device, files.recompute)
     weights_sha256 = _weights_sha256(folder, weights, experiment.model)
-    engine = make_engine(gpt, layout, experiment)
+    engine = _engine(gpt, layout, experiment)
 
     stream = partial(
         BatchStream,
@@ -94,7 +94,7 @@ def _train(
     shutdown()
 
 
-def make_engine(gpt: "GPTModel", layout: Layout, experiment: Experiment) -> "Engine":
+def _engine(gpt: "GPTModel", layout: Layout, experiment: Experiment) -> "Engine":
     if layout.engine == "deepspeed":
         from internlm_lib.engines.zero import ZeroEngine
 

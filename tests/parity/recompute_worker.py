@@ -195,10 +195,10 @@ def _trained(
 ) -> dict[str, Any]:
     """Bytes kept of a micro-batch, then losses, gradient norms and a sum of the weights after."""
     from internlm_lib.training.activations import forward_pass, saved_bytes
-    from internlm_lib.training.worker import make_engine
+    from internlm_lib.training.worker import _engine
 
     measured = saved_bytes(forward_pass(gpt, experiment.training, device), gpt.parameters())
-    engine = make_engine(gpt, layout, experiment)
+    engine = _engine(gpt, layout, experiment)
     steps = [engine.train_step(_batches(experiment, step), 2, LR) for step in range(STEPS)]
     with engine.whole_weights() as trained:
         weights = sum(weight.double().abs().sum() for weight in trained.parameters())

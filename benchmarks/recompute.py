@@ -73,14 +73,14 @@ def measure(limit_mib: int, device: Any) -> dict[str, Any]:
     layout, (model, training) = Layout(), sections({})
     gpt = built(model, training, device)
     layer = measure_layer(gpt, training, device)
-    rank = measure_rank(gpt, training, layout, device)
+    rank = measure_rank([gpt], training, layout, device)
     choice = choose(layer, [rank], limit_mib, layout)
     results = []
     for name, keys in POLICIES.items():
         model, training = sections(keys)
         predicted = kept_bytes(layer, rank, training)
         results.append(taken(name, built(model, training, device), training, device, predicted))
-    apply_recompute(gpt, choice)
+    apply_recompute([gpt], choice)
     predicted = kept_bytes_of_choice(layer, rank, choice.layers)
     name = f"adaptive, {limit_mib} MiB"
     results.append(taken(name, gpt, sections({})[1], device, predicted))

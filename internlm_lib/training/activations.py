@@ -6,7 +6,7 @@ device included. Import only after `Device.adapt_megatron()`.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -39,12 +39,17 @@ _TIMINGS = 5
 
 
 def decide_recompute(
-    gpt: GPTModel, experiment: Experiment, layout: Layout, device: Device, record: Path
+    chunks: Sequence[GPTModel],
+    experiment: Experiment,
+    layout: Layout,
+    device: Device,
+    record: Path,
 ) -> Choice | None:
     """Choose what to recompute, or take what an earlier start of this training chose, and set it on
     the rank's layers; None without `training.auto_recompute_device_memory_mib`. Collective.
 
     Args:
+        chunks: the rank's part of the model, with its weights: more than one if interleaved.
         record: JSON file of the choice; rank 0 writes it.
     Raises:
         InputError: nothing that fits; on all ranks.
@@ -65,12 +70,14 @@ def decide_recompute(
         choice = choose(layer, ranks, limit, layout)
         if is_rank_zero():
             write_json(record, choice_record(inputs, layer, ranks, choice))
-    apply_recompute(gpt, choice)
+    apply_recompute(chunks, choice)
     return choice
 
 
-def apply_recompute(gpt: GPTModel, choice: Choice) -> None:
-    for index, layer in enumerate(gpt.decoder.layers):
+def apply_recompute(chunks: Sequence[GPTModel], choice: Choice) -> None:
+    """Set a choice on the rank's layers, counted over its chunks."""
+    layers = (layer for gpt in chunks for layer in gpt.decoder.layers)
+    for index, layer in enumerate(layers):
         layer.recompute = choice.parts_of(index)
 
 
@@ -97,27 +104,32 @@ def measure_layer(gpt: GPTModel, training: TrainingSection, device: Device) -> L
 
 
 def measure_rank(
-    gpt: GPTModel, training: TrainingSection, layout: Layout, device: Device
+    chunks: Sequence[GPTModel], training: TrainingSection, layout: Layout, device: Device
 ) -> RankMemory:
     """What a rank holds beside its layers. Collective over tensor parallel ranks."""
-    parameters = sum(parameter.numel() for parameter in gpt.parameters())
+    parameters = sum(parameter.numel() for gpt in chunks for parameter in gpt.parameters())
     states = rank_state_bytes(parameters, layout, training.precision)
-    layers = gpt.decoder.layers
-    gpt.decoder.layers = torch.nn.ModuleList()
-    try:
-        around = saved_bytes(forward_pass(gpt, training, device), gpt.parameters())
-    finally:
-        gpt.decoder.layers = layers
     return RankMemory(
         state_bytes=sum(states.values()),
-        around_bytes=around,
-        layers=len(layers),
+        around_bytes=sum(_bytes_around(gpt, training, device) for gpt in chunks),
+        layers=sum(len(gpt.decoder.layers) for gpt in chunks),
         in_flight=micro_batches_in_flight(
             layout,
             parallel_state.get_pipeline_model_parallel_rank(),
             training.num_micro_batches(layout),
+            len(chunks),
         ),
     )
+
+
+def _bytes_around(gpt: GPTModel, training: TrainingSection, device: Device) -> int:
+    """What a forward pass without layers keeps: that of the embedding and of the output head."""
+    layers = gpt.decoder.layers
+    gpt.decoder.layers = torch.nn.ModuleList()
+    try:
+        return saved_bytes(forward_pass(gpt, training, device), gpt.parameters())
+    finally:
+        gpt.decoder.layers = layers
 
 
 def forward_pass(gpt: GPTModel, training: TrainingSection, device: Device) -> Callable[[], Tensor]:

@@ -59,7 +59,7 @@ def build_rank(experiment: Experiment, layout: Layout, rank: int) -> RankBuild:
     device, training = MetaDevice(), experiment.training
     with rank_on_meta(experiment, layout, rank) as gpt:
         layer = measure_layer(gpt, training, device)
-        memory = measure_rank(gpt, training, layout, device)
+        memory = measure_rank([gpt], training, layout, device)
         output, kept = counted(forward_pass(gpt, training, device), gpt.parameters())
         torch.autograd.backward(output, torch.empty_like(output))
         without = [name for name, weight in gpt.named_parameters() if weight.grad is None]

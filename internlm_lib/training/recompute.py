@@ -82,9 +82,20 @@ class Choice:
         return frozenset(name for name in PARTS if index - whole < self.layers[name])
 
 
-def micro_batches_in_flight(layout: Layout, stage: int, num_micro_batches: int) -> int:
-    """1F1B: stage s of p holds p − s (Narayanan et al. 2021)."""
-    return min(layout.pipeline_model_parallel_size - stage, num_micro_batches)
+def micro_batches_in_flight(
+    layout: Layout, stage: int, num_micro_batches: int, chunks: int = 1
+) -> int:
+    """Micro-batches whose activations a pipeline stage holds: 1F1B, p − s on stage s of p.
+
+    Interleaved over v chunks, 2 (p − s − 1) + (v − 1) p + 1 passes through a chunk are in flight,
+    more of the first chunk than of the last. Rounded up to whole micro-batches, and with the first
+    layers recomputed, that is an upper bound. Source: Narayanan et al. 2021, megatron-core's
+    schedules.
+    """
+    stages = layout.pipeline_model_parallel_size
+    behind = stages - stage - 1
+    passes = behind if chunks == 1 else 2 * behind + (chunks - 1) * stages
+    return min(math.ceil((passes + 1) / chunks), num_micro_batches)
 
 
 def kept_bytes(layer: LayerCost, rank: RankMemory, training: TrainingSection) -> int:

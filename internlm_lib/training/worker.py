@@ -56,7 +56,7 @@ def _train(
     gpt = build_gpt_model(experiment.model, layout, training, device)
     weights = starting_folder(folder, experiment.model)
     load_weights(gpt, weights, experiment.model)
-    choice = decide_recompute(gpt, experiment, layout, device, files.recompute)
+    choice = decide_recompute([gpt], experiment, layout, device, files.recompute)
     weights_sha256 = _weights_sha256(folder, weights, experiment.model)
     engine = _engine(gpt, layout, experiment)
 

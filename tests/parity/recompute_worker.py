@@ -128,17 +128,17 @@ def _decided_twice(
     gpt = _model(folder, experiment, layout, device)
     limit = _limit(gpt, experiment, layout, device)
     adaptive = _with(experiment, auto_recompute_device_memory_mib=limit)
-    first = activations.decide_recompute(gpt, adaptive, layout, device, record)
+    first = activations.decide_recompute([gpt], adaptive, layout, device, record)
     assert first is not None
     again = _model(folder, experiment, layout, device)
     with patch.object(activations, "measure_layer", side_effect=AssertionError("measured again")):
-        second = activations.decide_recompute(again, adaptive, layout, device, record)
+        second = activations.decide_recompute([again], adaptive, layout, device, record)
     everyone: list[Any] = [None] * layout.world_size
     sets = [sorted(layer.recompute) for layer in again.decoder.layers]
     torch.distributed.all_gather_object(everyone, (first.layers, second and second.layers, sets))
     try:
         tiny = _with(experiment, auto_recompute_device_memory_mib=1)
-        activations.decide_recompute(again, tiny, layout, device, record.with_name("none.json"))
+        activations.decide_recompute([again], tiny, layout, device, record.with_name("none.json"))
         refusal = ""
     except InputError as error:
         refusal = str(error)
@@ -180,14 +180,14 @@ def _measured(gpt: Any, experiment: Experiment, layout: Layout, device: Device) 
     from internlm_lib.training.activations import measure_layer, measure_rank
 
     training = experiment.training
-    return measure_layer(gpt, training, device), measure_rank(gpt, training, layout, device)
+    return measure_layer(gpt, training, device), measure_rank([gpt], training, layout, device)
 
 
 def _apply(gpt: Any, layers: dict[str, int]) -> None:
     from internlm_lib.training.activations import apply_recompute
     from internlm_lib.training.recompute import Choice
 
-    apply_recompute(gpt, Choice(layers, 0, 0.0))
+    apply_recompute([gpt], Choice(layers, 0, 0.0))
 
 
 def _trained(

@@ -201,6 +201,12 @@ def test_1f1b_holds_one_micro_batch_per_stage_that_follows() -> None:
     assert micro_batches_in_flight(Layout(), 0, 64) == 1
 
 
+def test_interleaving_holds_more() -> None:
+    """Four stages of two chunks: 11, 9, 7, 5 passes through half of a stage's layers."""
+    layout = Layout(pipeline_model_parallel_size=4)
+    assert [micro_batches_in_flight(layout, s, 64, chunks=2) for s in range(4)] == [6, 5, 4, 3]
+
+
 def zero(stage: int) -> Layout:
     return Layout(engine="deepspeed", zero_stage=stage, data_parallel_size=8)
 

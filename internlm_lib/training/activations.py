@@ -61,8 +61,8 @@ def decide_recompute(
     choice = _earlier_choice(record, inputs)
     if choice is None:
         mine = (
-            measure_layer(gpt, experiment.training, device),
-            measure_rank(gpt, experiment.training, layout, device),
+            measure_layer(chunks[0], experiment.training, device),
+            measure_rank(chunks, experiment.training, layout, device),
         )
         everyone: list[tuple[LayerCost, RankMemory]] = [mine] * layout.world_size
         torch.distributed.all_gather_object(everyone, mine)

@@ -239,6 +239,7 @@ def _inputs(experiment: Experiment, layout: Layout, device: Device) -> dict[str,
         "training": {name: getattr(experiment.training, name) for name in read},
         "layout": layout.model_dump(mode="json"),
         "device": device.description(),
+        "torch": torch.__version__,
     }
 
 

@@ -2,14 +2,19 @@
 
 import random
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from internlm_lib.errors import InputError
 from internlm_lib.experiment.schema import Layout, TrainingSection
+from internlm_lib.files import write_json
 from internlm_lib.model.arithmetic import rank_state_bytes
 from internlm_lib.model.parts import PARTS, WHOLE_LAYER
+from internlm_lib.run_folder import RunFolder
+from internlm_lib.stages.train import recompute_rows
 from internlm_lib.training.recompute import (
     MIB,
     Choice,
@@ -164,6 +169,22 @@ def test_a_record_holds_what_the_choice_was_made_of() -> None:
     assert Choice(**record["choice"]) == choice
     assert LayerCost.of(record["layer"]) == LAYER
     assert [RankMemory(**each) for each in record["ranks"]] == [rank()]
+
+
+def test_03_train_shows_what_each_training_chose(tmp_path: Path) -> None:
+    choice = choose(LAYER, [rank()], 425, LAYOUT)
+    folder = RunFolder.of("run", tmp_path)
+    record = folder.training("candidate").recompute
+    write_json(record, choice_record({}, LAYER, [rank()], choice))
+
+    def shown(limit: int | None) -> list[dict[str, Any]]:
+        training = TrainingSection(auto_recompute_device_memory_mib=limit)
+        experiment = SimpleNamespace(training=training, roles=["reference", "candidate"])
+        return recompute_rows(SimpleNamespace(folder=folder, experiment=experiment))
+
+    assert shown(425) == [{"training": "candidate", **row} for row in rows(LAYER, choice)]
+    # What an earlier training chose says nothing about one that has no limit.
+    assert shown(None) == []
 
 
 @pytest.mark.parametrize(

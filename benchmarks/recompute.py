@@ -1,8 +1,8 @@
 """What recomputation saves and costs: predicted from one measured layer, and measured.
 
-    python benchmarks/recompute.py [--limit-mib 900] [--json]
+    python benchmarks/recompute.py [--limit-mib 640] [--json]
 
-A model of 8 layers (hidden 512, ffn 1376, 8 heads, vocabulary 8192; 4 × 512 tokens, fp32), one
+A model of 8 layers (hidden 512, ffn 1376, 8 heads, vocabulary 8192; 512 tokens, fp32), one
 rank, on the CPU. Prints the table `auto_recompute_device_memory_mib` chooses by, then for every
 policy the activations kept for the backward pass, predicted and measured, and the seconds of a
 forward and backward pass (median) against none. Limits: a prediction may be off by 0.1 %.
@@ -37,7 +37,7 @@ SHAPE = {
     "num_layers": 8, "hidden_size": 512, "ffn_hidden_size": 1376, "num_attention_heads": 8,
     "vocab_size": 8192,
 }  # fmt: skip
-TRAINING = {"seq_length": 512, "micro_batch_size": 4, "precision": "fp32"}
+TRAINING = {"seq_length": 512, "micro_batch_size": 1, "precision": "fp32"}
 FULL = {"recompute_granularity": "full"}
 POLICIES: dict[str, dict[str, Any]] = {
     "none": {},
@@ -46,13 +46,13 @@ POLICIES: dict[str, dict[str, Any]] = {
     "full uniform 1": FULL,
     "full uniform 4": {**FULL, "recompute_num_layers": 4},
 }
-REPEATS = 3
+REPEATS = 2
 LIMITS = {"prediction_error": 1e-3}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--limit-mib", type=int, default=900)
+    parser.add_argument("--limit-mib", type=int, default=640)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     device = select_device("cpu")

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from internlm_lib.errors import InputError
-from internlm_lib.experiment.schema import Layout, TrainingSection
+from internlm_lib.experiment.presets import PRESETS
+from internlm_lib.experiment.schema import Layout, ModelSection, TrainingSection
 from internlm_lib.files import write_json
-from internlm_lib.model.arithmetic import rank_state_bytes
+from internlm_lib.model.arithmetic import parameter_count, rank_state_bytes, training_state_bytes
 from internlm_lib.model.parts import PARTS, WHOLE_LAYER
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.stages.train import recompute_rows
@@ -252,3 +253,10 @@ def test_states_are_shared_over_data_parallel_ranks(
         "weights": 4 * weights, "gradients": 4 * gradients, "optimizer": 8 * optimizer,
     }  # fmt: skip
     assert rank_state_bytes(801, zero(3), "fp32")["weights"] == 4 * 101
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_rank_holds_all_states(precision: Any) -> None:
+    model = ModelSection(preset="internlm-7b", **PRESETS["internlm-7b"])
+    states = rank_state_bytes(parameter_count(model), Layout(), precision)
+    assert sum(states.values()) == training_state_bytes(model, precision)

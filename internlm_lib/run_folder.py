@@ -130,6 +130,12 @@ class TrainingFolder:
         return self.path / "logs"
 
     @property
+    def recompute(self) -> Path:
+        """JSON: what is recomputed, and the measurements that decided it
+        (`training.auto_recompute_device_memory_mib`)."""
+        return self.path / "recompute.json"
+
+    @property
     def checkpoint(self) -> Path:
         """The weights after the last step, as a Megatron distributed checkpoint."""
         return self.path / "checkpoint"

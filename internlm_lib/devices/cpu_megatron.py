@@ -1,4 +1,5 @@
-"""megatron-core on a CPU: every point where it insists on CUDA, and what stands there instead.
+"""megatron-core on a CPU (or on torch's meta device): every point where it insists on CUDA, and
+what stands there instead.
 
 megatron's modules reach CUDA through their module-global name `torch`. After all of them are
 imported, that name is rebound to a proxy; `torch` itself, and everyone else's, stays as it is.
@@ -40,10 +41,15 @@ _CPU_TENSOR_TYPES = {
 }
 
 
-def adapt() -> None:
-    """Import megatron-core and adapt it; a second call does nothing new."""
+def adapt(device: str = "cpu") -> None:
+    """Import megatron-core and adapt it; a second call does nothing new.
+
+    Args:
+        device: where tensors lie that megatron would put on a CUDA device: "cpu" or "meta". One
+            process has one; RuntimeError if it already has the other.
+    """
     import_megatron()
-    _rebind_torch()
+    _rebind_torch(device)
     _rebind_rng()
     _swap_tensor_types()
     _load_loss_scale_in_place()
@@ -73,9 +79,12 @@ class CpuInPlaceOfCuda(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
 
-    @staticmethod
-    def current_device() -> torch.device:
-        return torch.device("cpu")
+    def __init__(self, name: str, device: str) -> None:
+        super().__init__(name)
+        self._device = torch.device(device)
+
+    def current_device(self) -> torch.device:
+        return self._device
 
     @staticmethod
     def device_count() -> int:
@@ -121,22 +130,22 @@ class TorchOnCpu(types.ModuleType):
         return getattr(torch, name)
 
 
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _on(device: str, factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "cuda" in str(kwargs.get("device")):
-            kwargs["device"] = "cpu"
+            kwargs["device"] = device
         return factory(*args, **kwargs)
 
     return create
 
 
 @functools.cache
-def _proxy() -> TorchOnCpu:
+def _proxy(device: str) -> TorchOnCpu:
     proxy = TorchOnCpu("torch")
-    proxy.cuda = CpuInPlaceOfCuda("torch.cuda")  # type: ignore[attr-defined]
+    proxy.cuda = CpuInPlaceOfCuda("torch.cuda", device)  # type: ignore[attr-defined]
     for name in _FACTORIES:
-        setattr(proxy, name, _on_cpu(getattr(torch, name)))
+        setattr(proxy, name, _on(device, getattr(torch, name)))
     return proxy
 
 
@@ -145,10 +154,14 @@ def megatron_modules() -> list[types.ModuleType]:
     return [m for name, m in list(sys.modules.items()) if name.startswith("megatron.core") and m]
 
 
-def _rebind_torch() -> None:
+def _rebind_torch(device: str) -> None:
+    proxy = _proxy(device)
     for module in megatron_modules():
-        if vars(module).get("torch") is torch:
-            module.torch = _proxy()  # type: ignore[attr-defined]
+        seen = vars(module).get("torch")
+        if isinstance(seen, TorchOnCpu) and seen is not proxy:
+            raise RuntimeError(f"megatron-core already runs on another device than {device}")
+        if seen is torch:
+            module.torch = proxy  # type: ignore[attr-defined]
 
 
 def _rebind_rng() -> None:

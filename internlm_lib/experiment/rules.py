@@ -281,12 +281,12 @@ def _loss_scales(e: Experiment) -> Iterator[str]:
         )
 
 
-@_rule("training.recompute_granularity", "training.auto_recompute_device_size")
+@_rule("training.recompute_granularity", "training.auto_recompute_device_memory_mib")
 def _one_recompute(e: Experiment) -> Iterator[str]:
-    if e.training.recompute_granularity and e.training.auto_recompute_device_size:
+    if e.training.recompute_granularity and e.training.auto_recompute_device_memory_mib:
         yield (
-            "training.recompute_granularity and training.auto_recompute_device_size are both set; "
-            "the second chooses what to recompute: set one of them to null"
+            "training.recompute_granularity and training.auto_recompute_device_memory_mib are both "
+            "set; the second chooses what to recompute: set one of them to null"
         )
 
 
@@ -304,6 +304,41 @@ def _rollback_needs_a_checkpoint(e: Experiment) -> Iterator[str]:
             "training.bad_step_policy = 'rollback' starts the ranks again, and "
             "training.max_restarts = 0 forbids it; set it to at least 1"
         )
+
+
+@_rule("training.recompute_granularity", "training.recompute_method",
+       "training.recompute_num_layers")  # fmt: skip
+def _layers_of_full_recompute(e: Experiment) -> Iterator[str]:
+    if e.training.recompute_granularity == "full":
+        return
+    for name in ("recompute_method", "recompute_num_layers"):
+        if value := getattr(e.training, name):
+            yield (
+                f"training.{name} = {value} belongs to training.recompute_granularity: full; set "
+                "that, or leave this null"
+            )
+
+
+@_rule("parallel.candidate", "parallel.reference", "model.num_layers",
+       "training.recompute_granularity", "training.recompute_method",
+       "training.recompute_num_layers")  # fmt: skip
+def _recomputed_layers_exist(e: Experiment) -> Iterator[str]:
+    number = e.training.recompute_num_layers
+    if e.training.recompute_granularity != "full" or number is None:
+        return
+    for key, layout in _layouts(e):
+        stage = e.model.num_layers // layout.pipeline_model_parallel_size
+        if number > stage:
+            yield (
+                f"training.recompute_num_layers = {number} is more than the {stage} layers of a "
+                f"pipeline stage of {key}; use 1 to {stage}"
+            )
+        elif e.training.recompute_method != "block" and stage % number:
+            yield (
+                f"training.recompute_num_layers = {number} does not divide the {stage} layers of a "
+                f"pipeline stage of {key}, as recompute_method: uniform needs; use a divisor of "
+                f"{stage}, or recompute_method: block"
+            )
 
 
 @_rule("parallel.reference", "parallel.reference_run")

@@ -178,10 +178,17 @@ class TrainingSection(Section):
     use_fused_rmsnorm: Flag = True
     """torch's rms_norm operator instead of its formula spelled out."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Activation recomputation for every layer: `full`, `selective` (core attention), or none."""
-    auto_recompute_device_size: Count | None = None
-    """Device memory in MiB to fill before layers are recomputed (the predecessor's
-    `--auto-recompute-device-size`); excludes recompute_granularity."""
+    """Activations computed again in the backward pass: `full` (of whole layers), `selective` (of
+    every layer's core attention; with fused attention that saves next to nothing), or none."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With `full`. uniform (null means that): all layers, of every `recompute_num_layers` one input
+    is kept; block: the first `recompute_num_layers` of a pipeline stage, each from its input."""
+    recompute_num_layers: Count | None = None
+    """With `full`; null means 1. See recompute_method."""
+    auto_recompute_device_memory_mib: Count | None = None
+    """Device memory in MiB that a training may fill: the cheapest parts of layers are recomputed
+    that make it fit (the predecessor's `--auto-recompute-device-size`); excludes the three above.
+    """
     eval_interval: Count = 1000
     """Steps between validation losses."""
     eval_iters: CountOrZero = 0
@@ -201,6 +208,15 @@ class TrainingSection(Section):
     training, take the next batch, or go back to the last checkpoint and on after that batch."""
     loss_spike_factor: Annotated[Number, Field(gt=1)] | None = None
     """A loss above this × the median of the last 32 steps is a spike; null: none is."""
+
+    @property
+    def recompute_policy(self) -> str:
+        """For tables: `none`, `full uniform 1`, `full block 3`, `selective` or `adaptive`."""
+        if self.auto_recompute_device_memory_mib:
+            return "adaptive"
+        if self.recompute_granularity == "full":
+            return f"full {self.recompute_method or 'uniform'} {self.recompute_num_layers or 1}"
+        return self.recompute_granularity or "none"
 
     @property
     def decay_iters(self) -> int:

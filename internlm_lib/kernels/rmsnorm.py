@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from internlm_lib.kernels import meta
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, fused: bool) -> Tensor:
     """x / √(mean(x²) + eps) · weight over the last dimension.
@@ -15,6 +17,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, fused: bool) -> Tensor:
     Returns:
         Same shape and dtype as x.
     """
+    if fused and x.is_meta:
+        out: Tensor = meta.FusedRMSNorm.apply(x, weight)
+        return out
     if fused:
         return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
     x32 = x.float()

@@ -7,7 +7,7 @@ means nothing without one. Letters: L layers, h hidden size, f ffn size, V vocab
 import math
 from typing import Literal
 
-from internlm_lib.experiment.schema import ModelSection
+from internlm_lib.experiment.schema import Layout, ModelSection
 
 Attention = Literal["none", "causal", "full"]
 """Attention scores and values: not counted, the half below the diagonal, or the whole square."""
@@ -115,3 +115,20 @@ def training_state_bytes(model: ModelSection, precision: Literal["fp32", "bf16",
 def weight_bytes(model: ModelSection, bytes_per_parameter: int) -> int:
     """Size of the weights in a checkpoint, e.g. with 2 bytes for bf16."""
     return parameter_count(model) * bytes_per_parameter
+
+
+def rank_state_bytes(parameters: int, layout: Layout, precision: str) -> dict[str, int]:
+    """What a rank that has `parameters` holds of `weights`, `gradients` (fp32) and `optimizer`
+    states (two Adam moments and, below fp32, the main weights), in bytes.
+
+    ZeRO-1 and a distributed optimizer share the optimizer states over data parallel ranks, ZeRO-2
+    the gradients too, ZeRO-3 the weights too; a share is rounded up to a whole parameter.
+    """
+    share = math.ceil(parameters / layout.data_parallel_size)
+    whole = precision == "fp32"
+    shared = layout.zero_stage or layout.use_distributed_optimizer
+    return {
+        "weights": (4 if whole else 2) * (share if layout.zero_stage == 3 else parameters),
+        "gradients": 4 * (share if layout.zero_stage >= 2 else parameters),
+        "optimizer": (8 if whole else 12) * (share if shared else parameters),
+    }

@@ -3,6 +3,8 @@
 Import only after `Device.adapt_megatron()`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -24,17 +26,14 @@ def build_gpt_model(
     training: TrainingSection,
     device: Device,
     *,
-    recompute_num_layers: int = 0,
     vp_stage: int | None = None,
 ) -> GPTModel:
     """This rank's layers on its device, weights undefined until some are loaded.
 
     Args:
         vp_stage: of an interleaved layout, which of the stage's chunks (see `build_chunks`).
-        recompute_num_layers: layers of this stage whose activations are recomputed (with
-            `auto_recompute_device_size`); `training.recompute_granularity` concerns all layers.
     """
-    config = transformer_config(model, layout, training, device, recompute_num_layers)
+    config = transformer_config(model, layout, training, device)
     spec = layer_spec(
         attention_bias=model.attention_bias,
         use_flash_attn=training.use_flash_attn,
@@ -58,33 +57,14 @@ def build_gpt_model(
 
 
 def build_chunks(
-    model: ModelSection,
-    layout: Layout,
-    training: TrainingSection,
-    device: Device,
-    *,
-    recompute_num_layers: int = 0,
+    model: ModelSection, layout: Layout, training: TrainingSection, device: Device
 ) -> list[GPTModel]:
-    """This rank's part of a model to train: one GPTModel, or one per interleaved chunk.
-
-    Args:
-        recompute_num_layers: as in `build_gpt_model`; the first chunks' layers come first.
-    """
+    """This rank's part of a model to train: one GPTModel, or one per interleaved chunk."""
     chunks = layout.virtual_pipeline_model_parallel_size
-    if chunks is None:
-        return [
-            build_gpt_model(
-                model, layout, training, device, recompute_num_layers=recompute_num_layers
-            )
-        ]
-    size = model.num_layers // layout.num_chunks
+    stages: Sequence[int | None] = [None] if chunks is None else range(chunks)
     return [
-        build_gpt_model(
-            model, layout, training, device, vp_stage=vp_stage,
-            recompute_num_layers=min(max(recompute_num_layers - vp_stage * size, 0), size),
-        )
-        for vp_stage in range(chunks)
-    ]  # fmt: skip
+        build_gpt_model(model, layout, training, device, vp_stage=vp_stage) for vp_stage in stages
+    ]
 
 
 def transformer_config(
@@ -92,7 +72,6 @@ def transformer_config(
     layout: Layout,
     training: TrainingSection,
     device: Device,
-    recompute_num_layers: int = 0,
 ) -> TransformerConfig:
     """megatron-core's configuration of an InternLM; its fusions that need CUDA or Apex are off."""
     full = training.recompute_granularity == "full"
@@ -124,9 +103,10 @@ def transformer_config(
         deterministic_mode=training.deterministic_mode,
         params_dtype=DTYPES[training.precision],
         pipeline_dtype=DTYPES[training.precision],
-        recompute_granularity="full" if recompute_num_layers else training.recompute_granularity,
-        recompute_method="block" if recompute_num_layers else "uniform" if full else None,
-        recompute_num_layers=recompute_num_layers or (1 if full else None),
+        # What auto_recompute_device_memory_mib chooses is set on each layer (`model/layer.py`).
+        recompute_granularity=training.recompute_granularity,
+        recompute_method=(training.recompute_method or "uniform") if full else None,
+        recompute_num_layers=(training.recompute_num_layers or 1) if full else None,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

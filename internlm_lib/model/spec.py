@@ -13,6 +13,7 @@ from torch import Tensor
 
 from internlm_lib.kernels.attention import causal_attention
 from internlm_lib.kernels.rmsnorm import rms_norm
+from internlm_lib.model.layer import RecomputingLayer
 
 
 def layer_spec(
@@ -24,6 +25,7 @@ def layer_spec(
     without one in the MLP too, hence `RowParallelLinearWithBias`.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.module = RecomputingLayer
     norm = norm_spec(use_fused_rmsnorm)
     spec.submodules.input_layernorm = norm
     spec.submodules.pre_mlp_layernorm = norm
@@ -60,7 +62,9 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, fused=self.fused)
+        # An alias, on which the norm's own gradients are summed before the residual's is added: the
+        # same order, and so the same bits, as when the norm is recomputed (`model/layer.py`).
+        return rms_norm(x.view_as(x), self.weight, self.eps, fused=self.fused)
 
 
 class FusedCausalAttention(torch.nn.Module):

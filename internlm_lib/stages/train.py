@@ -11,11 +11,11 @@ from internlm_lib.data.indexed import token_files
 from internlm_lib.devices import select_device
 from internlm_lib.devices.base import check_world_size
 from internlm_lib.errors import KitError
+from internlm_lib.files import read_json
 from internlm_lib.reporting.loss import LoggedTraining, read_training
 from internlm_lib.reporting.performance import throughput
 from internlm_lib.stages.stage import Stage
 from internlm_lib.training.nodes import Nodes, plan_training
-from internlm_lib.training.recompute import plan_recompute
 from internlm_lib.training.schedule import learning_rate
 from internlm_lib.training.supervise import train_role
 from internlm_lib.weights.start import starting_folder
@@ -28,7 +28,7 @@ def check_inputs(stage: Stage) -> list[dict[str, Any]]:
 
     Raises:
         MissingStageError: token files or converted weights are not there.
-        InputError: too few devices on this machine, or a training that fits none of them.
+        InputError: too few devices on this machine.
     """
     for path in token_files(stage.folder.corpus_prefix):
         stage.needs(path, "01_prepare")
@@ -38,7 +38,6 @@ def check_inputs(stage: Stage) -> list[dict[str, Any]]:
     for role in stage.experiment.roles:
         layout = stage.experiment.layout(role)
         check_world_size(device, layout.world_size, f"parallel.{role}")
-        plan = plan_recompute(stage.experiment, layout)
         rows.append(
             {
                 "training": role,
@@ -53,7 +52,7 @@ def check_inputs(stage: Stage) -> list[dict[str, Any]]:
                     training.global_batch_size * training.seq_length,
                 ),
                 "steps": training.train_iters,
-                "layers recomputed": plan.num_layers if plan else training.recompute_granularity,
+                "recompute": training.recompute_policy,
             }
         )
     return rows
@@ -96,6 +95,18 @@ def train(stage: Stage, show: Callable[[str], None] = lambda text: None) -> list
     ]
     stage.table("training", rows)
     return rows
+
+
+def recompute_rows(stage: Stage) -> list[dict[str, Any]]:
+    """What each training recomputes, one row per part of a layer, as it was measured and chosen;
+    no rows without `training.auto_recompute_device_memory_mib`."""
+    records = {role: stage.folder.training(role).recompute for role in stage.experiment.roles}
+    return [
+        {"training": role, **row}
+        for role, path in records.items()
+        if path.exists() and stage.experiment.training.auto_recompute_device_memory_mib
+        for row in read_json(path)["rows"]
+    ]
 
 
 def draw_losses(stage: Stage) -> Path:

@@ -18,7 +18,7 @@ from internlm_lib.ranks.stopping import StopRequest
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.training.determinism import VARIABLES, make_deterministic
 from internlm_lib.training.guard import StepGuard
-from internlm_lib.training.recompute import RecomputePlan, plan_recompute
+from internlm_lib.training.recompute import Choice
 from internlm_lib.weights.start import starting_folder
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def _train(
     from internlm_lib.data.batches import BatchStream, build_datasets, data_order_sha256
     from internlm_lib.model.build import build_chunks
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
+    from internlm_lib.training.activations import decide_recompute
     from internlm_lib.training.checkpoint import CheckpointWriter, restore
     from internlm_lib.training.loop import Throughput, TrainingLoop, held_out_loss
     from internlm_lib.training.resume import find_start
@@ -67,11 +68,7 @@ def _train(
     train_data, valid_data, test_data = build_datasets(
         folder.corpus_prefix, experiment.data, training, experiment.model.vocab_size
     )
-    plan = plan_recompute(experiment, layout)
-    chunks = build_chunks(
-        experiment.model, layout, training, device,
-        recompute_num_layers=plan.num_layers if plan else 0,
-    )  # fmt: skip
+    chunks = build_chunks(experiment.model, layout, training, device)
     weights = starting_folder(folder, experiment.model)
     hashes = {
         "config_sha256": provenance.sha256_of_experiment(experiment),
@@ -80,6 +77,7 @@ def _train(
     }
     start = find_start(files, hashes, record)
     load_weights(chunks, start.checkpoint or weights, experiment.model)
+    choice = decide_recompute(chunks, experiment, layout, device, files.recompute)
     engine = build_engine(chunks, layout, experiment)
     if start.checkpoint:
         restore(engine, chunks, start.checkpoint, experiment.model)
@@ -95,7 +93,7 @@ def _train(
     begin = time.time()
     record(
         "start",
-        **_start(role, experiment, layout, device, plan, hashes),
+        **_start(role, experiment, layout, device, choice, hashes),
         first_step=start.position.step + 1,
         resumed_from=start.checkpoint.name if start.checkpoint else None,
     )
@@ -161,7 +159,7 @@ def _start(
     experiment: Experiment,
     layout: Layout,
     device: Device,
-    plan: RecomputePlan | None,
+    choice: Choice | None,
     hashes: dict[str, str],
 ) -> dict[str, Any]:
     """What the `start` event says a training is."""
@@ -182,7 +180,7 @@ def _start(
         "train_iters": training.train_iters,
         "tokens_per_step": training.global_batch_size * training.seq_length,
         "parameters": parameter_count(experiment.model),
-        "recompute_num_layers": plan.num_layers if plan else None,
+        "recompute_layers": choice.layers if choice else None,
         "tags": {
             **hashes,
             "environment_sha256": provenance.environment_sha256(),

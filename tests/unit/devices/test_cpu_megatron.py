@@ -230,6 +230,12 @@ def test_adapting_twice_changes_nothing() -> None:
     assert state() == before
 
 
+def test_a_process_that_has_the_cpu_cannot_turn_to_the_meta_device() -> None:
+    with pytest.raises(RuntimeError, match="already runs on another device than meta"):
+        cpu_megatron.adapt("meta")
+    cpu_megatron.adapt()
+
+
 class Four(CpuDevice):
     name = "npu"
 

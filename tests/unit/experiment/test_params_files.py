@@ -69,7 +69,7 @@ ACCURACY_RECIPE = [
     ("--train-iters", "training.train_iters", 5000),
     ("--lr", "training.lr", 1e-6),
     ("--min-lr", "training.min_lr", 1e-6),
-    ("--auto-recompute-device-size", "training.auto_recompute_device_size", 46080),
+    ("--auto-recompute-device-size", "training.auto_recompute_device_memory_mib", 46080),
     ("--adam-beta1", "optimizer.adam_beta1", 0.9),
     ("--adam-beta2", "optimizer.adam_beta2", 0.95),
     (CORRECTED, "training.save_interval", None),
@@ -83,7 +83,7 @@ RECIPES = {
         ("--lr", "training.lr", 1.5e-4),
         ("--min-lr", "training.min_lr", 1e-5),
         ("--lr-decay-iters", "training.lr_decay_iters", 320000),
-        ("--auto-recompute-device-size", "training.auto_recompute_device_size", 48128),
+        ("--auto-recompute-device-size", "training.auto_recompute_device_memory_mib", 48128),
         (DEFAULT, "optimizer.adam_beta1", 0.9),
         (DEFAULT, "optimizer.adam_beta2", 0.999),
         ("--save-interval", "training.save_interval", 10000),
@@ -113,7 +113,7 @@ RECIPES = {
         ("--lr-warmup-fraction", "training.lr_warmup_fraction", 0.01),
         ("--use-flash-attn", "training.use_flash_attn", True),
         (ABSENT, "training.use_fused_rmsnorm", False),
-        ("--auto-recompute-device-size", "training.auto_recompute_device_size", 55296),
+        ("--auto-recompute-device-size", "training.auto_recompute_device_memory_mib", 55296),
         ("--eval-interval", "training.eval_interval", 1000),
         ("--eval-iters", "training.eval_iters", 10),
         ("--save-interval", "training.save_interval", 10000),
@@ -269,7 +269,8 @@ def test_a_recipe_leaves_no_value_of_its_training_to_the_kit_s_defaults(params: 
     left = set(Experiment.model_fields["training"].annotation.model_fields) - set(
         values["training"]
     )
-    assert left <= {"recompute_granularity", "lr_decay_iters"}
+    of_full_recompute = {"recompute_granularity", "recompute_method", "recompute_num_layers"}
+    assert left <= of_full_recompute | {"lr_decay_iters"}
     assert ("lr_decay_iters" in left) == (params in (ACCURACY, PRETRAINED))
     optimizer = Experiment.model_fields["optimizer"].annotation.model_fields
     assert set(values["optimizer"]) == set(optimizer)

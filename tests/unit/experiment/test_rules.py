@@ -161,10 +161,42 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "recomputation chosen twice": (
         {
             "training.recompute_granularity": "full",
-            "training.auto_recompute_device_size": 46080,
+            "training.auto_recompute_device_memory_mib": 46080,
         },
-        "training.recompute_granularity and training.auto_recompute_device_size are both set; "
-        "the second chooses what to recompute: set one of them to null",
+        "training.recompute_granularity and training.auto_recompute_device_memory_mib are both "
+        "set; the second chooses what to recompute: set one of them to null",
+    ),
+    "a method of full recomputation without it": (
+        {
+            "training.recompute_granularity": "selective",
+            "training.recompute_method": "block",
+        },
+        "training.recompute_method = block belongs to training.recompute_granularity: full; set "
+        "that, or leave this null",
+    ),
+    "layers of full recomputation without it": (
+        {"training.recompute_num_layers": 2},
+        "training.recompute_num_layers = 2 belongs to training.recompute_granularity: full; set "
+        "that, or leave this null",
+    ),
+    "more layers recomputed than a stage has": (
+        {
+            "training.recompute_granularity": "full",
+            "training.recompute_method": "block",
+            "training.recompute_num_layers": 3,
+        },
+        "training.recompute_num_layers = 3 is more than the 2 layers of a pipeline stage of "
+        "parallel.candidate; use 1 to 2",
+    ),
+    "layers recomputed together that do not divide a stage": (
+        {
+            "model.num_layers": 4,
+            "training.recompute_granularity": "full",
+            "training.recompute_num_layers": 3,
+        },
+        "training.recompute_num_layers = 3 does not divide the 4 layers of a pipeline stage of "
+        "parallel.candidate, as recompute_method: uniform needs; use a divisor of 4, or "
+        "recompute_method: block",
     ),
     "two references": (
         {REFERENCE + "data_parallel_size": 2, "parallel.reference_run": "gpu"},
@@ -220,7 +252,16 @@ KEPT: dict[str, dict[str, Any]] = {
     "a split with nothing but a training part": {"data.split": "0.1,0,0"},
     "a learning rate that ends where it starts": {"training.lr": 1e-6, "training.min_lr": 1e-6},
     "recomputation chosen by hand": {"training.recompute_granularity": "selective"},
-    "recomputation chosen by memory": {"training.auto_recompute_device_size": 46080},
+    "the first layer recomputed": {
+        "training.recompute_granularity": "full",
+        "training.recompute_method": "block",
+        "training.recompute_num_layers": 1,
+    },
+    "two layers recomputed together": {
+        "training.recompute_granularity": "full",
+        "training.recompute_num_layers": 2,
+    },
+    "recomputation chosen by memory": {"training.auto_recompute_device_memory_mib": 46080},
     "a reference from another run": {"parallel.reference_run": "gpu"},
     "the smallest vocabulary that can be trained": {"model.vocab_size": 300},
     "a small vocabulary of a given tokenizer": {

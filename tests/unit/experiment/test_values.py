@@ -189,7 +189,7 @@ def test_text_that_spells_a_number_is_that_number(key: str, text: Any, value: fl
         ("training.lr_warmup_fraction", 1.01, "less than or equal to 1"),
         ("training.lr_warmup_fraction", -0.01, "greater than or equal to 0"),
         ("training.lr_decay_iters", 0, "greater than 0"),
-        ("training.auto_recompute_device_size", 0, "greater than 0"),
+        ("training.auto_recompute_device_memory_mib", 0, "greater than 0"),
         ("training.save_interval", 0, "greater than 0"),
         ("training.eval_iters", -1, "greater than or equal to 0"),
         ("parallel.candidate.tensor_model_parallel_size", 0, "greater than 0"),

@@ -1,0 +1,59 @@
+"""The meta device: tensors with shapes and without values, to build any rank of any layout in one
+process. No device to train on: `select_device` never gives it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from internlm_lib.devices.base import Device
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MetaDevice(Device):
+    name = "meta"
+    backend = "fake"
+
+    def available(self) -> bool:
+        return True
+
+    def count(self) -> None:
+        return None
+
+    def bind(self, local_rank: int) -> None:
+        """Nothing holds it."""
+
+    def current(self) -> "torch.device":
+        import torch
+
+        return torch.device("meta")
+
+    def description(self) -> str:
+        return "meta"
+
+    def synchronize(self) -> None:
+        """Nothing is computed."""
+
+    def peak_memory_bytes(self) -> int:
+        return 0
+
+    def adapt_megatron(self) -> None:
+        from internlm_lib.devices.cpu_megatron import adapt
+
+        adapt("meta")
+
+
+@contextmanager
+def pretend_to_be(rank: int, world_size: int) -> Iterator[None]:
+    """This process as one rank of many: collectives return at once and exchange nothing."""
+    import torch
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=rank, world_size=world_size
+    )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()

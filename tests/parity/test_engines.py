@@ -86,10 +86,11 @@ def test_every_engine_trains_the_same_ten_steps(
     assert norms == pytest.approx(reference[1], rel=NORM_TOLERANCE)
 
 
-def test_engines_agree_on_validation_and_save_on_the_way(run: RunFolder) -> None:
+def test_engines_agree_on_validation_and_test_and_save_on_the_way(run: RunFolder) -> None:
     """Last in this module: it changes the run's data split."""
     overrides = {
-        "data.split": "8,2,0",
+        "data.split": "8,1,1",
+        "training.deterministic_mode": True,
         "training.eval_interval": 5,
         "training.eval_iters": 2,
         "training.save_interval": 4,
@@ -97,8 +98,13 @@ def test_engines_agree_on_validation_and_save_on_the_way(run: RunFolder) -> None
     found = []
     for layout in (OTHERS["megatron PP2"], OTHERS["ZeRO-3"]):
         files = train(run, layout, **overrides)
-        found.append([event["loss"] for event in events(files.journal, "validation")])
+        held_out = [*events(files.journal, "validation"), *events(files.journal, "test")]
+        assert [event["step"] for event in held_out] == [5, 10, 10]
+        found.append([event["loss"] for event in held_out])
+        (start,) = events(files.journal, "start")
+        assert (start["seed"], start["deterministic_mode"]) == (1234, True)
+        assert start["environment"]["HCCL_DETERMINISTIC"] == "true"
         saved = [files.checkpoint_of(4), files.checkpoint_of(8), files.checkpoint]
         assert all((path / "metadata.json").is_file() for path in saved)
-    assert len(found[0]) == 2
+    assert len(set(found[0])) == 3
     assert found[0] == pytest.approx(found[1], rel=LOSS_TOLERANCE)

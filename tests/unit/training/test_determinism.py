@@ -40,7 +40,5 @@ def test_it_refuses_a_value_that_is_not(name):
 
 
 def test_it_is_imported_without_torch_so_that_it_can_come_first():
-    code = (
-        "import sys; import internlm_lib.training.determinism; sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; import internlm_lib.training.determinism; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ)).returncode == 0

@@ -54,7 +54,7 @@ RECIPE: dict[str, Any] = {
     "model.ffn_hidden_size": 176,
     "model.num_attention_heads": 4,
     "model.direct_start": True,
-    "data.split": "9,1,0",
+    "data.split": "8,1,1",
     "training.precision": "fp32",
     "training.seq_length": 32,
     "training.micro_batch_size": 2,

@@ -203,13 +203,12 @@ def _batch_ramp(e: Experiment) -> Iterator[str]:
         )
     for key, layout in _layouts(e):
         step = e.training.micro_batch_size * layout.data_parallel_size
-        for name, value in (("start", start), ("increment", increment)):
-            if value % step:
-                yield (
-                    f"training.rampup_batch_size: the {name} {value} is not a multiple of {step} "
-                    f"(training.micro_batch_size {e.training.micro_batch_size} × "
-                    f"{key}.data_parallel_size {layout.data_parallel_size}); use one"
-                )
+        if increment % step:  # with it and the full batch, every size between is a multiple
+            yield (
+                f"training.rampup_batch_size: the increment {increment} is not a multiple of "
+                f"{step} (training.micro_batch_size {e.training.micro_batch_size} × "
+                f"{key}.data_parallel_size {layout.data_parallel_size}); use one"
+            )
 
 
 @_rule("training.seq_length", "model.max_position_embeddings")

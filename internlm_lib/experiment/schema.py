@@ -286,7 +286,8 @@ class OptimizerSection(Section):
     clip_grad: NonNegative = 1.0
     """Global gradient norm to clip to; 0 turns clipping off, but not the measuring of the norm."""
     loss_scale: Positive | None = None
-    """What the loss is multiplied by for the backward pass; null adapts it (dynamic)."""
+    """What the loss is multiplied by for the backward pass; an overflow ends the training. Null
+    adapts it (dynamic): an overflow skips the step."""
     initial_loss_scale: Positive = 4294967296.0
     """Dynamic scale of the first step; from Megatron's 2^32 some 20 steps are skipped."""
     min_loss_scale: Positive = 1.0

@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from internlm_lib.errors import InputError
 from internlm_lib.experiment.schema import ModelSection
 from internlm_lib.files import atomic_path
 from internlm_lib.model.arithmetic import padded_vocab_size
@@ -33,11 +34,13 @@ GPT = Module | Sequence[Module]
 def load_weights(gpt: GPT, path: Path, model: ModelSection) -> None:
     """Fill this rank's parameters from a checkpoint of any format, reading only its own slices.
 
-    Raises InputError if it does not hold this model.
+    Raises InputError if it does not hold this model, or values that fp16 cannot hold.
     """
     with open_checkpoint(path, model) as weights, torch.no_grad():
-        for _, parameter, value in _pairs(gpt, weights, model):
+        for name, parameter, value in _pairs(gpt, weights, model):
             parameter.copy_(value)
+            if parameter.dtype == torch.float16 and value.isfinite().all():
+                _check_fits(name, parameter, value)
 
 
 def differing_parameters(gpt: GPT, weights: Checkpoint, model: ModelSection) -> list[str]:
@@ -98,6 +101,14 @@ def hash_over_ranks(path: Path, model: ModelSection) -> str:
     gathered: list[dict[str, Any]] = [{} for _ in range(size)]
     torch.distributed.all_gather_object(gathered, own)
     return tensor_hash({name: entry for part in gathered for name, entry in part.items()})
+
+
+def _check_fits(name: str, parameter: Parameter, value: Tensor) -> None:
+    if not parameter.isfinite().all():
+        raise InputError(
+            f"{name} has values up to {value.abs().max().item():.3g}, more than fp16 can hold "
+            f"({torch.finfo(torch.float16).max:.3g}); train with training.precision bf16 or fp32"
+        )
 
 
 def unwrap(gpt: GPT) -> list[GPTModel]:

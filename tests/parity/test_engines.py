@@ -85,10 +85,13 @@ def test_every_layout_saves_the_same_weights(
             assert (found.read(tensor) - trained).abs().max() <= WEIGHT_TOLERANCE * scale, tensor
 
 
-def test_a_training_validates_and_saves_on_the_way(run: RunFolder, curves: dict[str, Any]) -> None:
+def test_a_training_validates_tests_and_saves_on_the_way(
+    run: RunFolder, curves: dict[str, Any]
+) -> None:
     """Last in this module: it changes the run's experiment. By way of 03_train's own worker."""
     overrides = {
         "parallel.candidate": LAYOUTS["PP2 VPP2"].model_dump(),
+        "training.deterministic_mode": True,
         "training.eval_interval": STEPS // 2,
         "training.save_interval": 4,
     }
@@ -102,5 +105,9 @@ def test_a_training_validates_and_saves_on_the_way(run: RunFolder, curves: dict[
     validation = [event["loss"] for event in events(files.journal, "validation")]
     assert len(validation) == 2
     assert validation[0] == pytest.approx(expected["validation_loss"], LIMITS["validation_loss"])
-    saved = [files.checkpoint_of(4), files.checkpoint]
-    assert all((path / "metadata.json").is_file() for path in saved)
+    assert [event["step"] for event in events(files.journal, "test")] == [STEPS]
+    (start,) = events(files.journal, "start")
+    assert (start["seed"], start["deterministic_mode"]) == (1234, True)
+    assert start["environment"]["HCCL_DETERMINISTIC"] == "true"
+    saved = [files.checkpoints / f"step-{4:07}" / "state.json", files.checkpoint / "metadata.json"]
+    assert all(path.is_file() for path in saved)

@@ -23,6 +23,7 @@ def _hash(**overrides):
         {"parallel__device": "npu"},
         {"training__micro_batch_size": 4},
         {"training__use_flash_attn": False},
+        {"training__deterministic_mode": True},
         {"tracking__experiment": "elsewhere"},
         {"evaluation__loss_tolerance": 0.5},
     ],
@@ -39,6 +40,8 @@ def test_how_an_experiment_is_computed_does_not_change_its_hash(overrides):
         {"training__precision": "bf16"},
         {"model__hidden_size": 256},
         {"optimizer__weight_decay": 0.1},
+        {"optimizer__predecessor_decay": True},
+        {"training__rampup_batch_size": [8, 8, 100]},
         {"data__pocket_seed": 1},
     ],
 )

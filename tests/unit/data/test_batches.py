@@ -124,6 +124,19 @@ def test_past_the_end_it_starts_over() -> None:
     assert numbers(ninth) == [16, 17, 18, 19, 0, 1, 2, 3, 4, 5, 6, 7]
 
 
+@pytest.mark.parametrize(("data", "micro"), [(1, 2), (2, 1), (2, 2)])
+def test_steps_of_growing_size_take_the_samples_one_after_the_other(data: int, micro: int) -> None:
+    sizes = [4, 4, 8, 12]
+    for rank in range(data):
+        batches = stream(Numbered(100), rank, data, micro)
+        taken = [
+            numbers(batch)
+            for step, size in enumerate(sizes)
+            for batch in batches.samples(sum(sizes[:step]), size)
+        ]
+        assert taken == list(megatron_sampler(sum(sizes), rank, data, micro))
+
+
 def write(prefix: Path, documents: Sequence[Sequence[int]] = DOCUMENTS) -> Path:
     with indexed_writer(prefix, VOCABULARY) as writer:
         for document in documents:
@@ -153,7 +166,7 @@ def sha256(prefix: Path, **training: Any) -> str:
 def test_labels_are_the_tokens_that_follow(prefix: Path) -> None:
     """Each sample and its last label is a window of the documents put one after another, in an
     order that differs between epochs."""
-    dataset, _ = build(prefix)
+    dataset = build(prefix).train
     following = {
         pair for document in DOCUMENTS for pair in zip(document, document[1:], strict=False)
     }
@@ -176,15 +189,25 @@ def test_a_sample_counts_every_token_and_its_positions_run_on(prefix: Path) -> N
 
 def test_one_epoch_takes_every_window_once(tmp_path: Path) -> None:
     tokens = list(range(3, 3 + 20 * SEQUENCE + 1))
-    dataset, _ = build(write(tmp_path / "one", [tokens]), train_iters=1)
+    dataset = build(write(tmp_path / "one", [tokens]), train_iters=1).train
     assert sorted(samples(dataset)) == [
         tokens[i : i + SEQUENCE] for i in range(0, 20 * SEQUENCE, SEQUENCE)
     ]
 
 
 def test_there_are_samples_for_all_steps(prefix: Path) -> None:
-    dataset, _ = build(prefix, train_iters=100)
+    dataset = build(prefix, train_iters=100).train
     assert len(dataset) >= 100 * GLOBAL > sum(map(len, DOCUMENTS)) // SEQUENCE
+
+
+def test_a_batch_ramp_takes_fewer_samples(prefix: Path) -> None:
+    """The order of samples is drawn for as many as there will be."""
+    ramped = TrainingSection(
+        global_batch_size=GLOBAL, train_iters=100, rampup_batch_size=(1, 1, 300)
+    )
+    dataset = build(prefix, train_iters=100, rampup_batch_size=(1, 1, 300)).train
+    assert ramped.train_samples < 100 * GLOBAL
+    assert ramped.train_samples <= len(dataset) < len(build(prefix, train_iters=100).train)
 
 
 def triples(sequences: Sequence[Sequence[int]]) -> set[tuple[int, ...]]:
@@ -198,22 +221,30 @@ def samples(dataset: Any) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("split", "documents"),
-    [("9,1,0", slice(36, 40)), ("949,50,1", slice(38, 40)), ("1,2,1", slice(10, 30))],
+    [("9,1,0", slice(36, 40)), ("95,5,0", slice(38, 40)), ("1,2,1", slice(10, 30))],
 )
 def test_validation_samples_are_there_only_if_asked_for(
     prefix: Path, split: str, documents: slice
 ) -> None:
-    assert build(prefix, split)[1] is None
-    train, valid = build(prefix, split, eval_iters=2, eval_interval=5)
+    assert build(prefix, split)[1:] == (None, None)
+    train, valid, _ = build(prefix, split, eval_iters=2, eval_interval=5)
     held_back = triples(DOCUMENTS[documents])
     assert triples(samples(valid)) & held_back
     assert not triples(samples(train)) & held_back
 
 
+def test_the_test_part_is_read_with_eval_iters_if_there_is_one(prefix: Path) -> None:
+    assert build(prefix, "3,1,0", eval_iters=2).test is None
+    train, valid, test = build(prefix, "2,1,1", eval_iters=2, eval_interval=5)
+    assert len(test) >= 2 * GLOBAL
+    parts = [triples(samples(part)) & triples(DOCUMENTS[30:]) for part in (train, valid, test)]
+    assert [bool(part) for part in parts] == [False, False, True]
+
+
 def test_a_part_without_documents_that_is_not_read_does_no_harm(tmp_path: Path) -> None:
     """The default split leaves four documents to the training part."""
-    train, valid = build(write(tmp_path / "few", DOCUMENTS[:4]), "949,50,1")
-    assert len(train) >= 20 * GLOBAL and valid is None
+    train, valid, test = build(write(tmp_path / "few", DOCUMENTS[:4]), "949,50,1")
+    assert len(train) >= 20 * GLOBAL and valid is None and test is None
 
 
 @pytest.mark.parametrize(
@@ -223,6 +254,7 @@ def test_a_part_without_documents_that_is_not_read_does_no_harm(tmp_path: Path) 
         ([[5] * 900], "1,9,0", {}, "the training part (data.split = 1,9,0) holds 0 tokens"),
         (DOCUMENTS[:4], "949,50,1", {"eval_iters": 1}, "the validation part"),
         (DOCUMENTS, "1,0,0", {"eval_iters": 1}, "the validation part (data.split = 1,0,0) holds 0"),
+        (DOCUMENTS, "80,20,0.1", {"eval_iters": 1}, "the test part (data.split = 80,20,0.1) holds"),
     ],
 )  # fmt: skip
 def test_a_part_shorter_than_one_sample_is_bad_input(
@@ -236,16 +268,16 @@ def test_a_part_shorter_than_one_sample_is_bad_input(
 
 def test_a_corpus_of_exactly_one_sample_is_enough(tmp_path: Path) -> None:
     tokens = list(range(10, 10 + SEQUENCE + 1))
-    dataset, _ = build(write(tmp_path / "one", [tokens]), train_iters=1, global_batch_size=1)
+    dataset = build(write(tmp_path / "one", [tokens]), train_iters=1, global_batch_size=1).train
     assert dataset[0]["tokens"].tolist() == tokens[:-1]
     assert dataset[0]["labels"].tolist() == tokens[1:]
 
 
 def test_a_corpus_written_anew_is_not_read_in_the_earlier_ones_order(prefix: Path) -> None:
-    before, _ = build(prefix)
+    before = build(prefix).train
     assert before.document_index.max() == len(DOCUMENTS) - 1
     write(prefix, DOCUMENTS[:20])
-    after, _ = build(prefix)
+    after = build(prefix).train
     assert after.document_index.max() == 19
     assert all(len(after[number]["tokens"]) == SEQUENCE for number in range(len(after)))
 

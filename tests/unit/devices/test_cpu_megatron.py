@@ -112,11 +112,21 @@ def tensor_types(cuda: Any) -> None:
     assert weight.grad.tolist() == pytest.approx([0.6, 0.8], rel=1e-5)
 
 
+def loaded_loss_scale(cuda: Any) -> None:
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+
+    one, other = (DynamicGradScaler(2.0**20, 1.0, 2.0, 0.5, 4, 2) for _ in range(2))
+    for overflow in (True, True, False):
+        one.update(overflow)
+    other.load_state_dict(one.state_dict())
+    assert other.state_dict() == one.state_dict() and other.scale.item() == 2.0**19
+
+
 @pytest.mark.parametrize(
     "holds",
     [
         current_device, waiting_and_binding, device_count, streams_and_events, generator_state,
-        megatrons_generator_state, seeded_tracker, tensor_types,
+        megatrons_generator_state, seeded_tracker, tensor_types, loaded_loss_scale,
     ],
     ids=lambda holds: holds.__name__.replace("_", " "),
 )  # fmt: skip

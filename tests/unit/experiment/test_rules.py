@@ -158,6 +158,44 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "training.min_lr = 2e-05 exceeds training.lr = 1e-05; "
         "the schedule falls from lr to min_lr: lower min_lr or raise lr",
     ),
+    "a ramp that starts full": (
+        {"training.rampup_batch_size": [8, 1, 100]},
+        "training.rampup_batch_size starts with 8 samples, not below training.global_batch_size = "
+        "8; start lower, or set it to null",
+    ),
+    "a ramp whose increments miss the full batch": (
+        {"training.rampup_batch_size": [2, 4, 100]},
+        "training.rampup_batch_size: 6 samples from 2 to training.global_batch_size = 8 are no "
+        "multiple of the increment 4; change one of the three",
+    ),
+    "a ramp by less than a micro-batch per rank": (
+        {
+            "training.rampup_batch_size": [2, 2, 100],
+            "training.micro_batch_size": 2,
+            CANDIDATE + "data_parallel_size": 2,
+        },
+        "training.rampup_batch_size: the increment 2 is not a multiple of 4 "
+        f"(training.micro_batch_size 2 × {CANDIDATE}data_parallel_size 2); use one",
+    ),
+    "a warm-up given twice": (
+        {"training.lr_warmup_iters": 10, "training.lr_warmup_fraction": 0.1},
+        "training.lr_warmup_iters = 10 and training.lr_warmup_fraction = 0.1 are both set; "
+        "set one of them to 0",
+    ),
+    "a warm-up longer than the schedule": (
+        {"training.lr_warmup_iters": 21, "training.lr_decay_iters": 20},
+        "training.lr_warmup_iters = 21 is longer than the schedule, 20 full batches "
+        "(training.lr_decay_iters, or train_iters); shorten it",
+    ),
+    "a loss scale without fp16": (
+        {"optimizer.loss_scale": 128},
+        "optimizer.loss_scale = 128 with training.precision = 'bf16'; only fp16 needs its loss "
+        "scaled: set it to null",
+    ),
+    "a lowest loss scale above the first": (
+        {"optimizer.min_loss_scale": 16, "optimizer.initial_loss_scale": 8},
+        "optimizer.min_loss_scale = 16 exceeds optimizer.initial_loss_scale = 8; lower it",
+    ),
     "recomputation chosen twice": (
         {
             "training.recompute_granularity": "full",
@@ -250,6 +288,20 @@ KEPT: dict[str, dict[str, Any]] = {
     },
     "a sequence as long as the model's positions": {"training.seq_length": 1024},
     "a split with nothing but a training part": {"data.split": "0.1,0,0"},
+    "a ramp of one increment": {
+        "training.rampup_batch_size": [4, 4, 1],
+        "training.micro_batch_size": 2,
+        CANDIDATE + "data_parallel_size": 2,
+    },
+    "a warm-up as long as the schedule": {
+        "training.lr_warmup_iters": 20,
+        "training.train_iters": 20,
+    },
+    "a loss scale with fp16": {"optimizer.loss_scale": 128, "training.precision": "fp16"},
+    "a loss scale that cannot be lowered": {
+        "optimizer.min_loss_scale": 8,
+        "optimizer.initial_loss_scale": 8,
+    },
     "a learning rate that ends where it starts": {"training.lr": 1e-6, "training.min_lr": 1e-6},
     "recomputation chosen by hand": {"training.recompute_granularity": "selective"},
     "the first layer recomputed": {

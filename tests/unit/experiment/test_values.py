@@ -203,7 +203,9 @@ def test_text_that_spells_a_number_is_that_number(key: str, text: Any, value: fl
         ("model.layernorm_epsilon", 0, "greater than 0"),
         ("evaluation.num_fewshot", -1, "greater than or equal to 0"),
         ("evaluation.loss_tolerance", 0, "greater than 0"),
-        ("training.precision", "fp16", "'fp32' or 'bf16'"),
+        ("training.precision", "fp8", "'fp32', 'bf16' or 'fp16'"),
+        ("training.lr_warmup_iters", -1, "greater than or equal to 0"),
+        ("optimizer.min_loss_scale", 0, "greater than 0"),
         ("training.lr_decay_style", "cosin", "'constant', 'linear' or 'cosine'"),
         ("training.recompute_granularity", "none", "'full' or 'selective'"),
         ("data.prompt_template", "belle", "'alpaca', 'ascendspeed' or 'question_answer'"),
@@ -238,6 +240,14 @@ def test_the_edge_of_a_range_is_kept_as_it_is(key: str, edge: float) -> None:
 @pytest.mark.parametrize("split", ["1,0", "1,0,0,0", "a,b,c", "1, 0, 0", "-1,1,1", "100"])
 def test_a_split_is_three_weights(split: str) -> None:
     assert refusal("data.split", split).startswith(f"data.split = {split!r}: ")
+
+
+def test_a_batch_ramp_is_three_counts() -> None:
+    key = "training.rampup_batch_size"
+    assert set_to(key, ["2", 2.0, "1e3"]) == (2, 2, 1000)
+    assert refusal(key, [2, 2, 0]) == f"{key}.2 = 0: must be greater than 0"
+    assert refusal(key, [2, 2]).startswith(f"{key}")
+    assert refusal(key, "2 2 100").startswith(f"{key} = '2 2 100': ")
 
 
 def test_an_item_of_a_list_is_named_by_its_place() -> None:

@@ -124,6 +124,29 @@ def test_a_run_becomes_a_parent_with_stages_and_trainings(folder):
     assert (folder.root / "mlflow" / "artifacts" / stage.info.run_id).is_dir()
 
 
+def test_what_only_some_trainings_record_arrives_too(folder):
+    training = Journal(folder.training("candidate").journal)
+    training.write(
+        "start", role="candidate", first_step=1, train_iters=2, seed=7, deterministic_mode=True,
+        predecessor_decay=False,
+    )  # fmt: skip
+    for step, skipped in ((1, True), (2, False)):
+        training.write(
+            "step", step=step, loss=5.0, grad_norm=math.inf if skipped else 1.0, lr=0.0,
+            loss_scale=8.0 / step, skipped=skipped, global_batch_size=4 * step, tokens=32 * step,
+        )  # fmt: skip
+    training.write("test", step=2, loss=4.25)
+    training.write("end", status="done", seconds=1.0)
+    sync(folder)
+    (train,) = _runs(folder)["03_train-candidate"]
+    assert _history(folder, train, "train/loss_scale") == [(1, 8.0), (2, 4.0)]
+    assert _history(folder, train, "train/skipped") == [(1, 1.0), (2, 0.0)]
+    assert _history(folder, train, "train/global_batch_size") == [(1, 4.0), (2, 8.0)]
+    assert _history(folder, train, "test/loss") == [(2, 4.25)]
+    assert _history(folder, train, "train/grad_norm") == [(2, 1.0)]
+    assert (train.data.tags["seed"], train.data.tags["deterministic_mode"]) == ("7", "True")
+
+
 def test_losing_the_state_sends_no_point_twice(folder):
     training = Journal(folder.training("candidate").journal)
     _start(training)

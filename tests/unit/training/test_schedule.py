@@ -27,13 +27,17 @@ def megatrons(training: TrainingSection) -> list[float]:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     group: dict[str, float] = {}
-    decay = training.decay_iters * training.global_batch_size
+    decay = training.decay_samples
+    # As Megatron-LM's `get_optimizer_param_scheduler` multiplies them out.
+    warmup = training.lr_warmup_fraction * decay
+    if training.lr_warmup_iters:
+        warmup = training.lr_warmup_iters * training.global_batch_size
     scheduler = OptimizerParamScheduler(
         SimpleNamespace(param_groups=[group]),
         init_lr=0.0,
         max_lr=training.lr,
         min_lr=training.min_lr,
-        lr_warmup_steps=training.lr_warmup_fraction * decay,
+        lr_warmup_steps=warmup,
         lr_decay_steps=decay,
         lr_decay_style=training.lr_decay_style,
         start_wd=0.01,
@@ -42,9 +46,9 @@ def megatrons(training: TrainingSection) -> list[float]:
         wd_incr_style="constant",
     )
     rates = []
-    for _ in range(training.train_iters):
+    for step in range(1, training.train_iters + 1):
         rates.append(group["lr"])
-        scheduler.step(training.global_batch_size)
+        scheduler.step(training.batch_size(step))
     return rates
 
 
@@ -59,6 +63,39 @@ def test_every_step_has_megatrons_rate(
         lr_decay_style=style, lr_warmup_fraction=warmup, lr_decay_iters=decay, min_lr=min_lr
     )
     assert ours(training) == pytest.approx(megatrons(training), rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [1, 7, STEPS - 14])
+@pytest.mark.parametrize("decay", [None, STEPS - 13, 3 * STEPS])
+def test_a_warm_up_in_steps_is_megatrons(style: str, warmup: int, decay: int | None) -> None:
+    training = section(lr_decay_style=style, lr_warmup_iters=warmup, lr_decay_iters=decay)
+    assert ours(training) == pytest.approx(megatrons(training), rel=1e-12, abs=0)
+    assert max(ours(training)) == ours(training)[warmup] == pytest.approx(3e-3)
+
+
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [{}, {"lr_warmup_iters": 3}, {"lr_warmup_fraction": 0.3}])
+@pytest.mark.parametrize("decay", [None, STEPS - 13])
+def test_a_batch_ramp_moves_the_schedule_by_samples_as_megatron(
+    style: str, warmup: dict[str, Any], decay: int | None
+) -> None:
+    training = section(
+        lr_decay_style=style, lr_decay_iters=decay, rampup_batch_size=[1, 1, 50], **warmup
+    )
+    assert ours(training) == pytest.approx(megatrons(training), rel=1e-12, abs=0)
+
+
+def test_a_decay_over_a_ramp_ends_with_the_training() -> None:
+    """As Megatron's lr_decay_samples, which are train_samples where they are not given."""
+    training = section(lr_decay_style="linear", rampup_batch_size=[2, 2, 60], min_lr=0.0)
+    assert training.decay_samples == training.train_samples < STEPS * BATCH
+    assert ours(training)[-1] == pytest.approx(3e-3 * BATCH / training.train_samples)
+
+
+def test_a_skipped_step_does_not_move_the_schedule() -> None:
+    training = section(lr_warmup_iters=10)
+    assert learning_rate(training, 6, skipped_samples=2 * BATCH) == learning_rate(training, 4)
 
 
 @pytest.mark.parametrize("style", ["linear", "cosine"])

@@ -3,11 +3,14 @@
 Each rank is built on the meta device over a fake process group, as it would be in a job of 32.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
 
 import pytest
+
+from internlm_lib.errors import InputError
 
 BUILD = """
 import json
@@ -57,6 +60,25 @@ for rank in range(tp * pp):
     torch.distributed.destroy_process_group()
 print(json.dumps({{"wrong": wrong, "elements": elements, "parameters": parameter_count(model)}}))
 """
+
+
+def test_weights_that_fp16_cannot_hold_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from internlm_lib.devices import select_device
+
+    select_device("cpu").adapt_megatron()
+    from internlm_lib.weights import megatron
+
+    fits, large = torch.tensor([1.0, -65504.0]), torch.tensor([1.0, 65536.0])
+    pairs = [
+        (n, torch.nn.Parameter(torch.zeros(2).half()), v) for n, v in (("a", fits), ("b", large))
+    ]
+    monkeypatch.setattr(megatron, "open_checkpoint", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(megatron, "_pairs", lambda *_: pairs)
+    with pytest.raises(InputError, match=r"b has values up to 6.55e\+04, more than fp16 can hold"):
+        megatron.load_weights(None, None, None)  # type: ignore[arg-type]
+    assert pairs[0][1].tolist() == fits.tolist()
 
 
 @pytest.mark.parametrize(

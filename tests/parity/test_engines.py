@@ -58,7 +58,7 @@ def test_the_trainings_compared_learn_and_clip(curves: dict[str, Curve]) -> None
     """Else that they agree would prove little."""
     losses, norms = curves[REFERENCE]["losses"], curves[REFERENCE]["grad_norms"]
     assert len(losses) == STEPS
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.2
     assert min(norms) > RECIPE["optimizer.clip_grad"]
 
 

@@ -110,7 +110,10 @@ def _policies(
         gpt = _model(folder, changed, layout, device)
         predicted = kept_bytes(layer, rank, changed.training)
         if name in CHOSEN:
-            layers = NOTHING | {k: min(n, rank.layers) for k, n in CHOSEN[name].items()}
+            left = rank.layers - CHOSEN[name].get(WHOLE_LAYER, 0)
+            layers = NOTHING | {
+                k: n if k == WHOLE_LAYER else min(n, left) for k, n in CHOSEN[name].items()
+            }
             _apply(gpt, layers)
             predicted = kept_bytes_of_choice(layer, rank, layers)
         found[name] = _trained(gpt, changed, layout, device, predicted)

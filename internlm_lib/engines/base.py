@@ -32,7 +32,8 @@ class Engine(Protocol):
     """One way to take a training step; built around one rank's part of the model."""
 
     def train_step(self, batches: Iterator[Batch], num_micro_batches: int, lr: float) -> StepResult:
-        """Forward, backward, clip and update with learning rate `lr`. Collective."""
+        """Forward, backward, clip and update with learning rate `lr`; a gradient that is not finite
+        is left out on every rank. Collective."""
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         """Mean loss in nats per token, without an update. Collective."""

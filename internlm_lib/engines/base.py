@@ -43,7 +43,8 @@ class Engine(Protocol):
     def train_step(
         self, batches: Iterator[Batch], num_micro_batches: int, lr: float, accept: Accept = always
     ) -> StepResult:
-        """Forward, backward, clip and, if `accept` does, update with rate `lr`. Collective."""
+        """Forward, backward, clip and, if `accept` does, update with learning rate `lr`; a gradient
+        that is not finite is left out on every rank. Collective."""
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         """Mean loss in nats per token, without an update. Collective."""

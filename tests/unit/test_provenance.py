@@ -41,7 +41,7 @@ def test_how_an_experiment_is_computed_does_not_change_its_hash(overrides):
         {"model__hidden_size": 256},
         {"optimizer__weight_decay": 0.1},
         {"optimizer__predecessor_decay": True},
-        {"training__rampup_batch_size": [8, 8, 100]},
+        {"training__rampup_batch_size": [8, 8, 100], "training__micro_batch_size": 4},
         {"data__pocket_seed": 1},
     ],
 )

@@ -18,6 +18,16 @@ TENSOR, PIPELINE = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 VIRTUAL = "virtual_pipeline_model_parallel_size"
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "a rollback without checkpoints": (
+        {"training.bad_step_policy": "rollback", "training.max_restarts": 1},
+        "training.bad_step_policy = 'rollback' needs checkpoints to go back to; set "
+        "training.save_interval, or choose stop or skip_batch",
+    ),
+    "a rollback without restarts": (
+        {"training.bad_step_policy": "rollback", "training.save_interval": 5},
+        "training.bad_step_policy = 'rollback' starts the ranks again, and "
+        "training.max_restarts = 0 forbids it; set it to at least 1",
+    ),
     "heads that do not divide the hidden size": (
         {"model.hidden_size": 130},
         "model.hidden_size = 130 is not a multiple of model.num_attention_heads = 4; "
@@ -249,6 +259,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 KEPT: dict[str, dict[str, Any]] = {
+    "a rollback with both": {
+        "training.bad_step_policy": "rollback",
+        "training.max_restarts": 1,
+        "training.save_interval": 5,
+    },
     "heads that divide the hidden size": {"model.hidden_size": 132, "model.num_attention_heads": 6},
     "the smallest even head dimension": {"model.hidden_size": 8},
     "as many tensor ranks as heads": {CANDIDATE + TENSOR: 4},

@@ -1,6 +1,7 @@
 """What the loop asks of an engine and writes down, with an engine that only takes notes."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,40 +31,76 @@ class Notebook:
         self.steps: list[tuple[Any, int, float]] = []
         self.validations: list[tuple[Any, int]] = []
 
-    def train_step(self, batches: Any, num_micro_batches: int, lr: float) -> Any:
+    def train_step(self, batches: Any, num_micro_batches: int, lr: float, accept: Any) -> Any:
         from internlm_lib.engines.base import StepResult
 
         self.steps.append((batches, num_micro_batches, lr))
-        values = {"loss": 2.0, "grad_norm": 1.0}
-        return StepResult(**(values | self.results.get(f"step_{len(self.steps)}", {})))
+        values = {"loss": 2.0, "grad_norm": 1.0} | self.results.get(f"step_{len(self.steps)}", {})
+        skipped = not math.isfinite(values["grad_norm"]) or not accept(values["loss"])
+        return StepResult(**{**values, "skipped": skipped})
 
     def validation_loss(self, batches: Any, num_micro_batches: int) -> float:
         self.validations.append((batches, num_micro_batches))
         return float(len(self.validations))
 
 
+class Checkpoints:
+    """Says which were asked for."""
+
+    def __init__(self) -> None:
+        self.saved: list[tuple[Any, dict[str, Any]]] = []
+        self.finished = 0
+
+    def save(self, engine: Any, chunks: Any, position: Any, facts: dict[str, Any]) -> None:
+        self.saved.append((position, facts))
+
+    def poll(self) -> None: ...
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
 @pytest.fixture(autouse=True, scope="module")
-def megatron_on_cpu() -> None:
+def one_rank() -> Iterator[None]:
+    import torch
+
     from internlm_lib.devices import select_device
 
     select_device("cpu").adapt_megatron()
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
-def run(engine: Notebook, **keys: Any) -> list[dict[str, Any]]:
-    """The events of a training."""
+def run(
+    engine: Notebook, checkpoints: Any = None, stop_after: int | None = None, **keys: Any
+) -> list[dict[str, Any]]:
+    """The events of a training, and as the last of them how it failed, if it did."""
     from internlm_lib.devices import select_device
-    from internlm_lib.training.loop import Throughput, train
+    from internlm_lib.training.guard import StepGuard
+    from internlm_lib.training.loop import Throughput, TrainingLoop
 
     found: list[dict[str, Any]] = []
-    optimizer = OptimizerSection(min_loss_scale=2.0)
-    train(
-        engine, Batches(), Batches(), training=TrainingSection(**(KEYS | keys)),
-        optimizer=optimizer, layout=Layout(data_parallel_size=2), device=select_device("cpu"),
-        throughput=Throughput(2, 1.0),
+    training = TrainingSection(**(KEYS | keys))
+    loop = TrainingLoop(
+        engine=engine, chunks=[], batches=Batches(), validation=Batches(), training=training,
+        optimizer=OptimizerSection(min_loss_scale=2.0), layout=Layout(data_parallel_size=2),
+        device=select_device("cpu"), throughput=Throughput(2, 1.0),
         record=lambda event, **fields: found.append({"event": event, **fields}),
-        save=lambda step: None,
+        checkpoints=checkpoints or Checkpoints(), facts={"role": "candidate"},
+        guard=StepGuard(training.loss_spike_factor),
+        stop_requested=lambda: len(engine.steps) == stop_after,
     )  # fmt: skip
+    try:
+        loop.run()
+    except KitError as error:
+        found.append({"event": type(error).__name__, "message": str(error)})
     return found
+
+
+def steps_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] == "step"]
 
 
 def test_a_ramp_takes_samples_one_after_the_other_in_growing_steps() -> None:
@@ -88,12 +125,12 @@ def test_a_validation_takes_full_batches_during_a_ramp() -> None:
 
 
 def test_a_plain_training_records_neither_sizes_nor_scales() -> None:
-    for step in run(Notebook()):
+    for step in steps_of(run(Notebook())):
         assert {"global_batch_size", "tokens", "loss_scale", "skipped"} & set(step) == set()
 
 
 def test_a_skipped_step_consumes_its_samples_and_not_the_schedule() -> None:
-    overflow = {"grad_norm": math.inf, "skipped": True, "loss_scale": 8.0}
+    overflow = {"grad_norm": math.inf, "loss_scale": 8.0}
     sound = {"loss_scale": 4.0}
     engine = Notebook(step_2=overflow, **{f"step_{n}": sound for n in (1, 3, 4, 5, 6)})
     steps = run(engine, lr_warmup_iters=4)
@@ -108,20 +145,82 @@ def test_a_skipped_step_consumes_its_samples_and_not_the_schedule() -> None:
 @pytest.mark.parametrize(
     ("result", "what"),
     [
-        ({"loss": math.nan}, "step 3: the loss is nan, the gradient norm 1.0, lr"),
-        ({"grad_norm": math.inf, "skipped": True}, "step 3: the loss is 2.0, the gradient norm "),
-        ({"grad_norm": math.inf, "skipped": True, "loss_scale": 2.0},
+        ({"loss": math.nan}, "step 3: the loss is nan (gradient norm 1)"),
+        ({"grad_norm": math.inf}, "step 3: the gradient norm is inf"),
+        ({"grad_norm": math.inf, "loss_scale": 2.0},
          "step 3: the gradient overflows fp16 at a loss scale of 2, and it may not be lowered"),
-        ({"loss": math.inf, "grad_norm": math.inf, "skipped": True, "loss_scale": 8.0},
-         "step 3: the loss is inf"),
+        ({"loss": math.inf, "grad_norm": math.inf, "loss_scale": 8.0}, "step 3: the loss is inf"),
     ],
 )  # fmt: skip
 def test_numbers_that_are_not_finite_end_the_training(result: dict[str, Any], what: str) -> None:
     engine = Notebook(step_3=result)
-    with pytest.raises(KitError, match="lower") as caught:
-        run(engine)
-    assert str(caught.value).startswith(what)
+    *_, last = run(engine)
+    assert last["event"] == "KitError"
+    assert last["message"].startswith(what) and "lower" in last["message"]
     assert len(engine.steps) == 3
+
+
+def test_a_batch_that_is_left_out_is_followed_by_the_next_and_costs_no_step() -> None:
+    engine = Notebook(step_3={"loss": math.nan}, step_5={"grad_norm": math.inf})
+    events = run(engine, bad_step_policy="skip_batch")
+    assert [step["step"] for step in steps_of(events)] == [1, 2, 3, 4, 5, 6]
+    assert [s[0].start for s in engine.steps] == [12 * n for n in range(8)]
+    bad = [event for event in events if event["event"] == "bad_step"]
+    assert [(event["step"], event["fault"]) for event in bad] == [
+        (3, "the loss is nan"), (4, "the gradient norm is inf")
+    ]  # fmt: skip
+
+
+def test_too_many_batches_left_out_in_a_row_end_the_training() -> None:
+    engine = Notebook(**{f"step_{n}": {"loss": math.nan} for n in range(3, 30)})
+    *_, last = run(engine, bad_step_policy="skip_batch")
+    assert last["message"].startswith("9 batches in a row were left out")
+    assert len(engine.steps) == 2 + 9
+
+
+def test_a_spike_is_measured_against_the_median_of_the_steps_before() -> None:
+    from internlm_lib.training.guard import WINDOW
+
+    engine = Notebook(**{f"step_{WINDOW + 2}": {"loss": 6.1}, "step_3": {"loss": 50.0}})
+    events = run(
+        engine, train_iters=WINDOW + 4, loss_spike_factor=3.0, bad_step_policy="skip_batch"
+    )
+    (bad,) = [event for event in events if event["event"] == "bad_step"]
+    assert bad["step"] == WINDOW + 2
+    assert bad["fault"] == f"the loss is 6.1, 3.05 times the median of {WINDOW} steps"
+    assert steps_of(events)[2]["loss"] == 50.0  # the window was not full yet
+
+
+def test_a_rollback_says_up_to_where_the_data_is_used_up() -> None:
+    checkpoints = Checkpoints()
+    events = run(
+        Notebook(step_5={"loss": math.nan}), checkpoints, bad_step_policy="rollback",
+        save_interval=2, max_restarts=1,
+    )  # fmt: skip
+    assert [position.step for position, _ in checkpoints.saved] == [2, 4]
+    assert checkpoints.finished == 1  # what is being written must be there to go back to
+    assert events[-1]["event"] == "RollbackError"
+    assert (events[-2]["event"], events[-2]["consumed_samples"]) == ("bad_step", 5 * 12)
+
+
+def test_a_stop_is_heeded_after_the_step_and_saved() -> None:
+    checkpoints = Checkpoints()
+    events = run(Notebook(), checkpoints, stop_after=4)
+    assert [step["step"] for step in steps_of(events)] == [1, 2, 3, 4]
+    ((position, facts),) = checkpoints.saved
+    assert (position.step, position.consumed_samples) == (4, 48)
+    assert facts["recent_losses"] == [2.0] * 4
+    assert events[-2]["event"] == "end" and events[-2]["status"] == "stopped"
+    assert events[-1]["event"] == "StoppedError" and "after step 4" in events[-1]["message"]
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss() -> None:
+    checkpoints = Checkpoints()
+    engine = Notebook()
+    engine.validation_loss = lambda batches, count: [3.0, 2.0, 2.5][int(batches[-1])]
+    run(engine, checkpoints, train_iters=7, eval_interval=2, eval_iters=1, save_interval=2)
+    assert [facts["best"] for _, facts in checkpoints.saved] == [True, True, False]
+    assert [position.best_loss for position, _ in checkpoints.saved] == [3.0, 2.0, 2.0]
 
 
 def test_the_decay_rule_spares_biases_always_and_norms_but_for_the_predecessor() -> None:

@@ -14,7 +14,7 @@ from internlm_lib.errors import StoppedError
 from internlm_lib.experiment.load import load_experiment, save_experiment
 from internlm_lib.ranks.plan import LaunchPlan
 from internlm_lib.run_folder import RunFolder
-from internlm_lib.training import nodes
+from internlm_lib.training import nodes, supervise
 
 CPU = ("--set", "parallel.device=cpu")
 
@@ -94,7 +94,7 @@ def started(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[LaunchPla
         seen.append((plan, node_rank))
         on_tick()
 
-    monkeypatch.setattr(nodes, "launch_node", start)
+    monkeypatch.setattr(supervise, "launch_node", start)
     monkeypatch.setattr(nodes, "_missing", lambda folder, experiment: "")
     monkeypatch.setattr(nodes, "_SECONDS_TO_SHARE", 0.1)
     return seen
@@ -147,7 +147,7 @@ def test_a_training_that_stopped_on_request_has_its_own_exit_code(
     def stop(*arguments: Any, **options: Any) -> None:
         raise StoppedError("stopped after step 7")
 
-    monkeypatch.setattr(nodes, "launch_node", stop)
+    monkeypatch.setattr(supervise, "launch_node", stop)
     result = launch("params/tiny.yaml", *CPU, "--json")
     error = json.loads(result.stdout)["error"]
     assert (result.exit_code, error["exit_code"], error["kind"]) == (5, 5, "StoppedError")

@@ -144,3 +144,15 @@ class TrainingFolder:
     def checkpoints(self) -> Path:
         """Folder of the states on the way, to resume from (`training.save_interval`)."""
         return self.path / "checkpoints"
+
+
+def state_name(step: int) -> str:
+    """Folder of the state after a step, below `TrainingFolder.checkpoints`."""
+    return f"step-{step:07}"
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """The states below `TrainingFolder.checkpoints`, newest first."""
+    return sorted(
+        (path for path in folder.glob("step-*") if (path / "manifest.json").is_file()), reverse=True
+    )

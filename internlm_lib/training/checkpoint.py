@@ -28,9 +28,10 @@ from internlm_lib.experiment.schema import ModelSection
 from internlm_lib.files import read_json, sha256_of, sync, write_json, write_text
 from internlm_lib.model.arithmetic import padded_vocab_size
 from internlm_lib.model.parallel import is_rank_zero
+from internlm_lib.run_folder import saved_states, state_name
 from internlm_lib.training.agreement import any_rank, on_rank_zero
 from internlm_lib.weights.layout import TensorRule, local_shape, local_tensor, rules
-from internlm_lib.weights.manifest import MANIFEST, read_manifest, write_manifest
+from internlm_lib.weights.manifest import read_manifest, write_manifest
 from internlm_lib.weights.megatron import GPT, named_parameters
 from internlm_lib.weights.model_config import CONFIG, GENERATION_CONFIG, write_model
 from internlm_lib.weights.training_state import (
@@ -44,7 +45,6 @@ from internlm_lib.weights.training_state import (
 
 LATEST, BEST = "latest", "best"
 EXPERIMENT = "experiment.yaml"
-_NAME = "step-{:07}"
 _TORCH = "torch"
 
 Record = Callable[..., None]
@@ -118,7 +118,7 @@ class CheckpointWriter:
         self.finish()
         begin = time.perf_counter()
         pending = _Pending(
-            position.step, self._folder / f".{_NAME.format(position.step)}.saving", time.time()
+            position.step, self._folder / f".{state_name(position.step)}.saving", time.time()
         )
         if error := on_rank_zero(lambda: _make_empty(pending.folder)):
             self._give_up(pending, error)
@@ -193,7 +193,7 @@ class CheckpointWriter:
 
     def _commit(self, pending: _Pending, files: Mapping[str, Any]) -> None:
         """The manifest, the rename, the pointers; older checkpoints are removed only then."""
-        final = self._folder / _NAME.format(pending.step)
+        final = self._folder / state_name(pending.step)
         described = {"format": "training", "layout": "ranks", "files": dict(files)}
         write_manifest(pending.folder, described)
         sync(pending.folder, recursive=False)
@@ -213,7 +213,7 @@ class CheckpointWriter:
     def _prune(self) -> None:
         pointer = self._folder / BEST
         best = pointer.read_text() if pointer.is_file() else ""
-        for old in checkpoints(self._folder)[self._keep :]:
+        for old in saved_states(self._folder)[self._keep :]:
             if old.name != best:
                 shutil.rmtree(old)
 
@@ -228,11 +228,12 @@ class CheckpointWriter:
             )
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints of a training, newest first."""
-    return sorted(
-        (path for path in folder.glob("step-*") if (path / MANIFEST).is_file()), reverse=True
-    )
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a training that was killed was writing. Collective."""
+    if is_rank_zero():
+        for path in folder.glob(".step-*.saving"):
+            shutil.rmtree(path, ignore_errors=True)
+    torch.distributed.barrier()
 
 
 def newest_whole(folder: Path, record: Record) -> Path | None:
@@ -241,7 +242,7 @@ def newest_whole(folder: Path, record: Record) -> Path | None:
     Collective: each rank hashes its share of the files. One that is damaged is named loudly, and
     the one before it is tried.
     """
-    found: list[Any] = [checkpoints(folder)]
+    found: list[Any] = [saved_states(folder)]
     torch.distributed.broadcast_object_list(found)
     for path in found[0]:
         problems: list[str] = [""] * torch.distributed.get_world_size()

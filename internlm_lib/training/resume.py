@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from internlm_lib.errors import InputError
-from internlm_lib.journal import read_journal
+from internlm_lib.journal import read_journal, training_steps
 from internlm_lib.run_folder import TrainingFolder
-from internlm_lib.training.checkpoint import Position, newest_whole, read_position
+from internlm_lib.training.checkpoint import (
+    Position,
+    newest_whole,
+    read_position,
+    remove_unfinished,
+)
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,8 @@ class Start:
     """None: from the initial weights."""
     position: Position
     recent_losses: Sequence[float] = ()
+    steps_repeated: int = 0
+    """Steps that an earlier attempt took after its last checkpoint."""
 
 
 def find_start(
@@ -29,6 +36,7 @@ def find_start(
 
     Raises InputError if the checkpoints belong to another experiment, data or weights.
     """
+    remove_unfinished(files.checkpoints)
     path = newest_whole(files.checkpoints, record)
     skipped = _samples_to_leave_out(files.journal)
     if path is None:
@@ -42,7 +50,13 @@ def find_start(
                 f"{files.checkpoints} to begin anew, or take its weights by model.weights"
             )
     consumed = max(position.consumed_samples, skipped)
-    return Start(path, replace(position, consumed_samples=consumed), state["recent_losses"])
+    taken = [step["step"] for step in training_steps(files.journal)]
+    return Start(
+        path,
+        replace(position, consumed_samples=consumed),
+        state["recent_losses"],
+        steps_repeated=max(0, max(taken, default=0) - position.step),
+    )
 
 
 def _samples_to_leave_out(journal: Path) -> int:

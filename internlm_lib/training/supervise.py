@@ -72,26 +72,36 @@ def follow_ranks(
     show(f"{role}: {progress.text()}")
 
 
+_SECONDS_TO_START = 1800.0
+"""Until a training's first event: large weights take long to load."""
+
+
 class _HangWatch:
     """Notices that a training's journal has not grown for too long."""
 
     def __init__(self, files: TrainingFolder, timeout: float | None) -> None:
         self._files = files
         self._timeout = timeout
-        self._size = -1
+        self._size = self._begin = self._current_size()
         self._since = time.monotonic()
 
     def check(self) -> None:
-        journal = self._files.journal
-        size = journal.stat().st_size if journal.exists() else 0
-        now = time.monotonic()
+        if self._timeout is None:
+            return
+        size, now = self._current_size(), time.monotonic()
+        started = size != self._begin
+        allowed = self._timeout if started else max(self._timeout, _SECONDS_TO_START)
         if size != self._size:
             self._size, self._since = size, now
-        elif self._timeout is not None and now - self._since > self._timeout:
-            steps = events(journal, "step")
-            last = f"step {steps[-1]['step']}" if steps else "its start"
+        elif now - self._since > allowed:
+            steps = events(self._files.journal, "step") if started else []
+            last = f"step {steps[-1]['step']}" if steps else "the start"
             raise RanksHangError(
-                f"no step for {self._timeout:g} s (training.hang_timeout_seconds) after {last}: "
+                f"no step for {allowed:g} s (training.hang_timeout_seconds) after {last}: "
                 "the ranks hang and are stopped. The stacks of all threads of each rank are in "
                 f"{self._files.logs}/rank*.log"
             )
+
+    def _current_size(self) -> int:
+        journal = self._files.journal
+        return journal.stat().st_size if journal.exists() else 0

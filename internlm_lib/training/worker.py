@@ -96,6 +96,7 @@ def _train(
         **_start(role, experiment, layout, device, choice, hashes),
         first_step=start.position.step + 1,
         resumed_from=start.checkpoint.name if start.checkpoint else None,
+        steps_repeated=start.steps_repeated,
     )
     TrainingLoop(
         engine=engine,

@@ -10,7 +10,7 @@ from internlm_lib.experiment.load import load_experiment
 from internlm_lib.experiment.schema import Experiment, Layout
 from internlm_lib.files import write_json
 from internlm_lib.ranks.rank import rank_main
-from internlm_lib.run_folder import RunFolder
+from internlm_lib.run_folder import RunFolder, state_name
 from tests.parity.in_ranks import build, loop
 
 STEPS, SAVED_AT = 6, 3
@@ -57,14 +57,14 @@ def work(folder: RunFolder, result: str) -> None:
     for name, (layout, precision) in CASES.items():
         split_ranks(layout)
         whole, weights = _train(folder, experiment, layout, precision, folder.path / name)
-        saved = folder.path / name / f"step-{SAVED_AT:07}"
+        saved = folder.path / name / state_name(SAVED_AT)
         resumed, again = _train(folder, experiment, layout, precision, None, saved)
         found["whole"][name], found["resumed"][name] = whole, resumed
         found["same weights"][name] = _everywhere(torch.equal(weights, again))
     for source, target in MOVES:
         layout, precision = CASES[target]
         split_ranks(layout)
-        saved = folder.path / source / f"step-{SAVED_AT:07}"
+        saved = folder.path / source / state_name(SAVED_AT)
         moved, _ = _train(folder, experiment, layout, precision, None, saved)
         found["moved"][f"{source} -> {target}"] = (source, moved)
     if is_rank_zero():

@@ -19,7 +19,7 @@ from benchmarks.parity import (
 from internlm_lib.experiment.load import load_experiment, save_experiment
 from internlm_lib.journal import events, training_steps
 from internlm_lib.ranks.launch import launch
-from internlm_lib.run_folder import RunFolder
+from internlm_lib.run_folder import RunFolder, state_name
 from internlm_lib.weights.formats import open_checkpoint
 
 STEPS = 6
@@ -109,5 +109,5 @@ def test_a_training_validates_tests_and_saves_on_the_way(
     (start,) = events(files.journal, "start")
     assert (start["seed"], start["deterministic_mode"]) == (1234, True)
     assert start["environment"]["HCCL_DETERMINISTIC"] == "true"
-    saved = [files.checkpoints / f"step-{4:07}" / "state.json", files.checkpoint / "metadata.json"]
+    saved = [files.checkpoints / state_name(4) / "state.json", files.checkpoint / "metadata.json"]
     assert all(path.is_file() for path in saved)

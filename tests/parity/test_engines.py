@@ -82,7 +82,7 @@ def test_every_layout_saves_the_same_weights(
             trained, scale = expected.read(tensor), expected.read(tensor).abs().max()
             if trained.dim() > 1:  # a bias of the keys alone hardly moves: it hardly matters
                 moved = (trained - before.read(tensor)).abs().max()
-                assert moved > 1000 * WEIGHT_TOLERANCE * scale, tensor
+                assert moved > 100 * WEIGHT_TOLERANCE * scale, tensor
             assert (found.read(tensor) - trained).abs().max() <= WEIGHT_TOLERANCE * scale, tensor
 
 

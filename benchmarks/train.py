@@ -291,9 +291,7 @@ def cpu_seconds(process: psutil.Process) -> float:
 def matmul_flops() -> float:
     """FLOPs per second of one large matrix product, in a process that is gone afterwards."""
     command = [sys.executable, __file__, "matmul", "."]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, check=True, text=True, env=environment()
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment())
     return float(done.stdout)
 
 
@@ -302,7 +300,9 @@ def child(name: str, root: Path) -> Iterator[Contender]:
     """A contender that is loaded and waits for its first turn; it is gone after the block."""
     command = [sys.executable, __file__, name, str(root)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment()) as process:
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, text=True, env=environment()
+    ) as process:
         try:
             yield Contender(name, process)
         finally:

@@ -1,7 +1,8 @@
 """Token files → batches, in Megatron's data order: the same for every engine and layout."""
 
 import hashlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,10 @@ class BatchStream:
         self._across = micro_batch_size * data_parallel_size
         self._device = device
 
+    def ahead(self) -> "Ahead":
+        """The same batches, those of the next step made while one step is taken."""
+        return Ahead(self)
+
     def step(self, index: int) -> Iterator[Batch]:
         """The micro-batches of step `index`, counted from 0; past the end it starts over."""
         start = index * self._global
@@ -151,3 +156,53 @@ class BatchStream:
                 for name in ("tokens", "labels", "loss_mask", "position_ids")
             }
         )
+
+
+class Ahead:
+    """Batches of a stream, made one step ahead by a thread, in the same order and bit for bit.
+
+    A step that was not foreseen (after a rollback, say) is made when it is asked for. The thread
+    is a daemon that lives for one step: it ends with the process, and holds up nothing that ends.
+    """
+
+    def __init__(self, stream: BatchStream) -> None:
+        self._stream = stream
+        self._next: _Made | None = None
+
+    def step(self, index: int) -> Iterator[Batch]:
+        """As `BatchStream.step`; what making them raised is raised here, in the step it is of."""
+        made = self._next
+        if made is None or made.index != index:
+            if made is not None:
+                made.join()  # two threads never read the dataset at once
+            made = _Made(self._stream.step, index)
+        batches = made.wait()
+        self._next = _Made(self._stream.step, index + 1)
+        yield from batches
+
+
+class _Made:
+    """The batches of one step, in the making."""
+
+    def __init__(self, make: Callable[[int], Iterator[Batch]], index: int) -> None:
+        self.index = index
+        self._make = make
+        self._batches: list[Batch] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"batches-{index}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._batches = list(self._make(self.index))
+        except BaseException as error:
+            self._error = error
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def wait(self) -> list[Batch]:
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._batches

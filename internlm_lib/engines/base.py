@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,12 +14,14 @@ from internlm_lib.data.batches import Batch
 
 @dataclass(frozen=True)
 class StepResult:
-    """Equal on every rank."""
+    """Equal on every rank, but for `seconds`."""
 
     loss: float
     """Nats per token, mean over the global batch."""
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Where this rank's time went: see `Stopwatch.seconds`."""
 
 
 class Engine(Protocol):

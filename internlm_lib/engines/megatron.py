@@ -23,6 +23,7 @@ from torch import Tensor
 
 from internlm_lib.data.batches import Batch
 from internlm_lib.engines.base import StepResult, masked_mean
+from internlm_lib.engines.stopwatch import Stopwatch
 from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSection
 
 
@@ -60,9 +61,14 @@ class MegatronEngine:
             group["lr"] = lr
             # Megatron leaves a group's own decay to its scheduler, which this loop replaces.
             group["weight_decay"] = self._optimizer_section.weight_decay * group["wd_mult"]
-        loss = self._forward_backward(batches, num_micro_batches, forward_only=False)
-        _, grad_norm, _ = self._optimizer.step()
-        return StepResult(loss, float(grad_norm))
+        watch = Stopwatch()
+        with watch.part("forward_backward"):
+            loss = self._forward_backward(
+                watch.data(batches), num_micro_batches, forward_only=False
+            )
+        with watch.part("optimizer"):
+            _, grad_norm, _ = self._optimizer.step()
+        return StepResult(loss, float(grad_norm), watch.seconds())
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         self._model.eval()

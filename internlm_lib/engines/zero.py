@@ -14,6 +14,7 @@ from torch import Tensor
 
 from internlm_lib.data.batches import Batch
 from internlm_lib.engines.base import StepResult, decays, masked_mean
+from internlm_lib.engines.stopwatch import Stopwatch
 from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSection
 
 
@@ -36,6 +37,8 @@ class ZeroEngine:
                 lr=training.lr,
                 betas=(optimizer.adam_beta1, optimizer.adam_beta2),
                 eps=optimizer.adam_eps,
+                # What torch has a fused kernel for; on an NPU it has none.
+                fused=next(gpt.parameters()).device.type in ("cpu", "cuda"),
             ),
             config=_deepspeed_config(layout, training, optimizer, gpt.config.hidden_size),
             mpu=_Topology(),
@@ -44,13 +47,17 @@ class ZeroEngine:
     def train_step(self, batches: Iterator[Batch], num_micro_batches: int, lr: float) -> StepResult:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        losses = []
+        losses, watch = [], Stopwatch()
+        batches = watch.data(batches)
         for _ in range(num_micro_batches):
-            loss = self._loss(next(batches))
-            self._engine.backward(loss)
-            self._engine.step()
+            with watch.part("forward_backward"):
+                loss = self._loss(next(batches))
+                self._engine.backward(loss)
+            with watch.part("optimizer"):
+                self._engine.step()
             losses.append(loss.detach().clone())
-        return StepResult(_mean_over_job(losses), float(self._engine.get_global_grad_norm()))
+        mean = _mean_over_job(losses)
+        return StepResult(mean, float(self._engine.get_global_grad_norm()), watch.seconds())
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         self._engine.eval()

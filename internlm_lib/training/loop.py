@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from internlm_lib.data.batches import BatchStream
+from internlm_lib.data.batches import Ahead, BatchStream
 from internlm_lib.devices import Device
 from internlm_lib.engines.base import Engine
 from internlm_lib.errors import KitError
@@ -35,7 +35,7 @@ class Throughput:
 
 def train(
     engine: Engine,
-    batches: BatchStream,
+    batches: BatchStream | Ahead,
     validation: BatchStream | None,
     *,
     training: TrainingSection,
@@ -63,7 +63,7 @@ def train(
         record(
             "step", step=step, loss=result.loss, grad_norm=result.grad_norm, lr=lr,
             step_seconds=seconds, memory_bytes=device.peak_memory_bytes(),
-            **throughput.rates(seconds),
+            **throughput.rates(seconds), **result.seconds,
         )  # fmt: skip
         if not math.isfinite(result.loss):
             raise KitError(

@@ -1,4 +1,4 @@
-"""One rank of a training: `python -m internlm_lib.training.worker RUN_FOLDER ROLE`."""
+"""One rank of a training: `python -m internlm_lib.training.worker RUN_FOLDER ROLE [--profile]`."""
 
 import time
 from functools import partial
@@ -14,6 +14,7 @@ from internlm_lib.journal import Journal
 from internlm_lib.model.arithmetic import model_flops_per_token, parameter_count
 from internlm_lib.ranks.rank import rank_main
 from internlm_lib.run_folder import RunFolder
+from internlm_lib.training.profile import profiled
 from internlm_lib.training.recompute import RecomputePlan, plan_recompute
 from internlm_lib.weights.start import starting_folder
 
@@ -23,22 +24,33 @@ if TYPE_CHECKING:
     from internlm_lib.engines.base import Engine
 
 
-def train_role(folder: RunFolder, role: str) -> None:
-    """Train one layout of the run's experiment from the run's weights."""
+def train_role(folder: RunFolder, role: str, *options: str) -> None:
+    """Train one layout of the run's experiment from the run's weights.
+
+    Args:
+        options: `--profile` leaves a trace of some steps in the training's folder.
+    """
     _, experiment = load_experiment(folder.experiment)
     layout = experiment.layout(role)
     device = select_device(experiment.parallel.device)
     device.adapt_megatron()
-    _train(folder, role, experiment, layout, device)
+    _train(folder, role, experiment, layout, device, profile="--profile" in options)
 
 
 def _train(
-    folder: RunFolder, role: str, experiment: Experiment, layout: Layout, device: Device
+    folder: RunFolder,
+    role: str,
+    experiment: Experiment,
+    layout: Layout,
+    device: Device,
+    *,
+    profile: bool,
 ) -> None:
     # These import megatron, which must be adapted to the device first.
     from megatron.core import parallel_state
 
     from internlm_lib.data.batches import BatchStream, build_datasets, data_order_sha256
+    from internlm_lib.engines.stopwatch import time_collectives
     from internlm_lib.model.build import build_gpt_model
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
     from internlm_lib.training.loop import Throughput, train
@@ -61,6 +73,10 @@ def _train(
     load_weights(gpt, weights, experiment.model)
     weights_sha256 = _weights_sha256(folder, weights, experiment.model)
     engine = _engine(gpt, layout, experiment)
+    if profile:
+        engine = profiled(engine, files.profile, device)
+    if device.name == "cpu":
+        time_collectives()
 
     stream = partial(
         BatchStream,
@@ -87,7 +103,7 @@ def _train(
         hashes = {"data_sha256": data_sha256, "weights_sha256": weights_sha256}
         record("start", **_start(role, experiment, layout, device, plan, hashes))
     train(
-        engine, stream(train_data), stream(valid_data) if valid_data else None,
+        engine, stream(train_data).ahead(), stream(valid_data) if valid_data else None,
         training=training, layout=layout, device=device, throughput=throughput, record=record,
         save=lambda step: save(files.checkpoint_of(step)),
     )  # fmt: skip

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from internlm_lib.experiment.schema import ModelSection
+    from internlm_lib.stages.stage import Stage
 
 app = typer.Typer(
     help="Reproduce InternLM training on NPUs, GPUs or a plain CPU, and prove what came out.",
@@ -120,10 +122,29 @@ def train(
     params: Params,
     run_name: RunName = None,
     assignments: Assignments = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Trace some steps of every rank; show slowest operators."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Stage 03 without a notebook: train the reference, if there is one, and the candidate."""
-    _run_stage("train", params, run_name, assignments, as_json, in_ranks=True)
+    if not profile:
+        _run_stage("train", params, run_name, assignments, as_json, in_ranks=True)
+        return
+
+    def show(stage: "Stage", result: Mapping[str, Any]) -> None:
+        from internlm_lib.notebook import table
+        from internlm_lib.stages.train import profiles
+
+        for role, rows in profiles(stage).items():
+            traces = stage.folder.training(role).profile
+            print(table(rows, caption=f"{role}: slowest operators ({traces})"), file=sys.stderr)
+
+    _run_stage(
+        "train", params, run_name, assignments, as_json, in_ranks=True, check=show,
+        options={"profile": True},
+    )  # fmt: skip
 
 
 @app.command()
@@ -220,7 +241,7 @@ def compare_stage(
 ) -> None:
     """Stage 04 without a notebook: this run's candidate against its reference."""
 
-    def check(result: Mapping[str, Any]) -> None:
+    def check(stage: "Stage", result: Mapping[str, Any]) -> None:
         from internlm_lib.stages.compare import check_verdict
 
         print(check_verdict(result), file=sys.stderr)
@@ -384,13 +405,15 @@ def _run_stage(
     as_json: bool,
     *,
     in_ranks: bool = False,
-    check: Callable[[Mapping[str, Any]], None] = lambda result: None,
+    check: "Callable[[Stage, Mapping[str, Any]], None]" = lambda stage, result: None,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Run one stage in this process; prints its status record.
 
     Args:
         in_ranks: its `run` also takes a function that is told how far the ranks are.
         check: told the result after it is written down; what it raises fails the stage.
+        options: further keyword arguments of its `run`.
     """
     with _reported(as_json):
         from importlib import import_module
@@ -403,11 +426,11 @@ def _run_stage(
         named, experiment = load_experiment(params, parse_assignments(assignments or []))
         name = next(stage for stage in STAGES if stage.endswith(f"_{module}"))
         stage = begin_stage(name, RunFolder.of(run_name or named), experiment)
-        work = import_module(f"internlm_lib.stages.{module}").run
+        work = partial(import_module(f"internlm_lib.stages.{module}").run, **(options or {}))
         with _stdout_for_json(as_json), LiveLine() as show:
             try:
                 status = stage.finish(work(stage, show) if in_ranks else work(stage))
-                check(status["result"])
+                check(stage, status["result"])
             except BaseException as error:
                 stage.fail(error)
                 raise

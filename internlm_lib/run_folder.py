@@ -136,6 +136,11 @@ class TrainingFolder:
         return self.path / "recompute.json"
 
     @property
+    def profile(self) -> Path:
+        """With `--profile`, of every rank `rank<N>.trace.json` and `rank<N>.operators.json`."""
+        return self.path / "profile"
+
+    @property
     def checkpoint(self) -> Path:
         """The weights after the last step, as a Megatron distributed checkpoint."""
         return self.path / "checkpoint"

@@ -1,6 +1,7 @@
 """Token files → batches, in Megatron's data order: the same for every engine and layout."""
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,10 @@ class BatchStream:
         self._across = micro_batch_size * data_parallel_size
         self._device = device
 
+    def ahead(self) -> "Ahead":
+        """The same batches, those of the next step made while one step is taken."""
+        return Ahead(self)
+
     def step(self, index: int) -> Iterator[Batch]:
         """The micro-batches of step `index`, counted from 0, where all steps are full ones."""
         return self.samples(index * self._global, self._global)
@@ -174,3 +179,56 @@ class BatchStream:
                 for name in ("tokens", "labels", "loss_mask", "position_ids")
             }
         )
+
+
+class Ahead:
+    """Batches of a stream, made one step ahead by a thread, in the same order and bit for bit.
+
+    A step that was not foreseen (while the batch ramps up, say) is made when it is asked for. The
+    thread is a daemon that lives for one step: it ends with the process, and holds up no end.
+    """
+
+    def __init__(self, stream: BatchStream) -> None:
+        self._stream = stream
+        self._next: _Made | None = None
+
+    def samples(self, consumed: int, count: int) -> Iterator[Batch]:
+        """As `BatchStream.samples`; what making them raised is raised here, in its own step.
+
+        The next step is foreseen to follow this one and to be as large.
+        """
+        made = self._next
+        if made is None or made.samples != (consumed, count):
+            if made is not None:
+                made.join()  # two threads never read the dataset at once
+            made = _Made(self._stream, consumed, count)
+        batches = made.wait()
+        self._next = _Made(self._stream, consumed + count, count)
+        yield from batches
+
+
+class _Made:
+    """The batches of one step, in the making."""
+
+    def __init__(self, stream: BatchStream, consumed: int, count: int) -> None:
+        self.samples = (consumed, count)
+        self._stream = stream
+        self._batches: list[Batch] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"batches-{consumed}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._batches = list(self._stream.samples(*self.samples))
+        except BaseException as error:
+            self._error = error
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def wait(self) -> list[Batch]:
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._batches

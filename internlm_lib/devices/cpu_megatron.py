@@ -3,7 +3,9 @@ what stands there instead.
 
 megatron's modules reach CUDA through their module-global name `torch`. After all of them are
 imported, that name is rebound to a proxy; `torch` itself, and everyone else's, stays as it is.
-Four points lie deeper and are adapted one by one. All points:
+Four points lie deeper and are adapted one by one. The last two are there for speed alone: torch's
+AdamW takes its fused form, as Apex's is, and a collective of one rank into its own input is left
+out, where gloo would copy it. All points:
 
 | point                                                | stands in for it                         |
 |------------------------------------------------------|------------------------------------------|
@@ -16,6 +18,8 @@ Four points lie deeper and are adapted one by one. All points:
 | tensor_parallel.random._set/_get_cuda_rng_state      | the CPU generator                        |
 | `param.type() == "torch.cuda.FloatTensor"` constants | "torch.FloatTensor" (same for half, bf16)|
 | `.cuda()` of a loss scale that is loaded             | nothing to do                            |
+| torch.optim.AdamW                                    | the same with fused=True                 |
+| reduce-scatter, all-gather of buffers of one rank    | nothing to do                            |
 """
 
 import contextlib
@@ -24,6 +28,7 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,6 +58,7 @@ def adapt(device: str = "cpu") -> None:
     _rebind_rng()
     _swap_tensor_types()
     _load_loss_scale_in_place()
+    _leave_out_copies()
 
 
 class _NullStream:
@@ -123,6 +129,22 @@ class CpuInPlaceOfCuda(types.ModuleType):
         torch.manual_seed(seed)
 
 
+class FusedAdamW(torch.optim.AdamW):
+    """torch's AdamW in one pass over memory instead of a dozen; the same formula."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, **{"fused": True, **settings})
+
+
+class OptimizersOnCpu(types.ModuleType):
+    """`torch.optim` as megatron's modules see it."""
+
+    AdamW = FusedAdamW
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.optim, name)
+
+
 class TorchOnCpu(types.ModuleType):
     """`torch` as megatron's modules see it."""
 
@@ -144,6 +166,7 @@ def _on(device: str, factory: Callable[..., torch.Tensor]) -> Callable[..., torc
 def _proxy(device: str) -> TorchOnCpu:
     proxy = TorchOnCpu("torch")
     proxy.cuda = CpuInPlaceOfCuda("torch.cuda", device)  # type: ignore[attr-defined]
+    proxy.optim = OptimizersOnCpu("torch.optim")  # type: ignore[attr-defined]
     for name in _FACTORIES:
         setattr(proxy, name, _on(device, getattr(torch, name)))
     return proxy
@@ -198,6 +221,33 @@ def _load_loss_scale_in_place() -> None:
         self._hysteresis_tracker = state_dict["hysteresis_tracker"]
 
     DynamicGradScaler.load_state_dict = load_state_dict
+
+
+def _leave_out_copies() -> None:
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        collective = getattr(buffers, name)
+        if not isinstance(collective, _UnlessAlone):
+            setattr(buffers, name, _UnlessAlone(collective))
+
+
+@dataclass(frozen=True)
+class _UnlessAlone:
+    """A collective, but nothing where a group's only rank would copy a buffer onto itself.
+
+    An asynchronous one is done all the same: its caller waits for a handle.
+    """
+
+    collective: Callable[..., Any]
+
+    def __call__(
+        self, output: torch.Tensor, source: torch.Tensor, *, group: Any, **options: Any
+    ) -> Any:
+        in_place = output.data_ptr() == source.data_ptr()
+        if group.size() == 1 and in_place and not options.get("async_op"):
+            return None
+        return self.collective(output, source, group=group, **options)
 
 
 def _methods(cls: type) -> list[types.FunctionType]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from internlm_lib.experiment.schema import Layout, OptimizerSection
 
 @dataclass(frozen=True)
 class StepResult:
-    """Equal on every rank."""
+    """Equal on every rank, but for `seconds`."""
 
     loss: float
     """Nats per token, mean over the global batch."""
@@ -27,6 +27,8 @@ class StepResult:
     """Refused, or the gradient was not finite: the weights and the optimizer are as they were."""
     loss_scale: float | None = None
     """What the loss was multiplied by for this step's backward pass; None without fp16."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Where this rank's time went: see `Stopwatch.seconds`."""
 
 
 Accept = Callable[[float], bool]

@@ -31,6 +31,7 @@ from internlm_lib.engines.base import Accept, StepResult, always, decays, masked
 from internlm_lib.engines.fragments import Fragment, adam_step, set_adam_step
 from internlm_lib.engines.loss_scale import scaler_counters, set_scaler_counters
 from internlm_lib.engines.megatron_state import fragments, grad_scaler, torch_optimizers
+from internlm_lib.engines.stopwatch import Stopwatch
 from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSection
 from internlm_lib.model.precision import DTYPES
 
@@ -75,10 +76,15 @@ class MegatronEngine:
             group["lr"] = lr
             # Megatron leaves a group's own decay to its scheduler, which this loop replaces.
             group["weight_decay"] = self._optimizer_section.weight_decay * group["wd_mult"]
-        loss = self._forward_backward(batches, num_micro_batches, forward_only=False)
+        watch = Stopwatch()
+        with watch.part("forward_backward"):
+            loss = self._forward_backward(
+                watch.data(batches), num_micro_batches, forward_only=False
+            )
         scale = float(self._optimizer.get_loss_scale()) if self._fp16 else None
-        grad_norm, applied = self._update(loss, accept)
-        return StepResult(loss, grad_norm, not applied, scale)
+        with watch.part("optimizer"):
+            grad_norm, applied = self._update(loss, accept)
+        return StepResult(loss, grad_norm, not applied, scale, watch.seconds())
 
     def _update(self, loss: float, accept: Accept) -> tuple[float, bool]:
         """Clip and apply the gradient; returns its norm, and whether it was applied.

@@ -22,6 +22,7 @@ from internlm_lib.data.batches import Batch
 from internlm_lib.engines.base import Accept, StepResult, always, decays, masked_mean
 from internlm_lib.engines.fragments import Fragment, adam_step, set_adam_step
 from internlm_lib.engines.loss_scale import scaler_counters, set_scaler_counters
+from internlm_lib.engines.stopwatch import Stopwatch
 from internlm_lib.engines.zero_state import fragments, torch_optimizer
 from internlm_lib.experiment.schema import Layout, OptimizerSection, TrainingSection
 
@@ -47,6 +48,8 @@ class ZeroEngine:
                 lr=training.lr,
                 betas=(optimizer.adam_beta1, optimizer.adam_beta2),
                 eps=optimizer.adam_eps,
+                # What torch has a fused kernel for; on an NPU it has none.
+                fused=next(gpt.parameters()).device.type in ("cpu", "cuda"),
             ),
             config=_deepspeed_config(layout, training, optimizer, gpt.config.hidden_size),
             mpu=_Topology(),
@@ -60,26 +63,29 @@ class ZeroEngine:
         scale = self._set_loss_scale()
         self._engine.set_train_batch_size(num_micro_batches * self._batch_unit)
         losses: list[Tensor] = []
-        mean, accepted = math.nan, True
+        mean, accepted, watch = math.nan, True, Stopwatch()
+        batches = watch.data(batches)
         for index in range(num_micro_batches):
             # DeepSpeed counts micro-batches from the first step on, as if all had equally many.
             self._engine.set_gradient_accumulation_boundary(index == num_micro_batches - 1)
-            loss = self._loss(next(batches))
-            losses.append(loss.detach().clone())
-            if index == num_micro_batches - 1:
-                mean = _mean_over_job(losses)
-                accepted = accept(mean)
-                if not accepted:
-                    # DeepSpeed cannot be told to leave out an update, except by a gradient that is
-                    # not finite, which it drops on every rank.
-                    loss = loss * math.nan
-            self._engine.backward(loss)
-            self._engine.step()
+            with watch.part("forward_backward"):
+                loss = self._loss(next(batches))
+                losses.append(loss.detach().clone())
+                if index == num_micro_batches - 1:
+                    mean = _mean_over_job(losses)
+                    accepted = accept(mean)
+                    if not accepted:
+                        # DeepSpeed cannot be told to leave out an update, except by a gradient that
+                        # is not finite, which it drops on every rank.
+                        loss = loss * math.nan
+                self._engine.backward(loss)
+            with watch.part("optimizer"):
+                self._engine.step()
         overflow = bool(self._engine.optimizer.overflow)
         if self._grad_scaler:
             self._grad_scaler.update(overflow and accepted)
         norm = float(self._engine.get_global_grad_norm())
-        return StepResult(mean, norm, overflow, scale)
+        return StepResult(mean, norm, overflow, scale, watch.seconds())
 
     def _set_loss_scale(self) -> float | None:
         """Megatron's scaler decides, so that both engines scale alike.

@@ -17,7 +17,7 @@ from internlm_lib.experiment.schema import Layout, ModelSection, TrainingSection
 from internlm_lib.model.arithmetic import padded_vocab_size
 from internlm_lib.model.gpt import InternLM
 from internlm_lib.model.precision import DTYPES
-from internlm_lib.model.spec import layer_spec, norm_spec
+from internlm_lib.model.spec import layer_spec, norm_spec, use_fused_rotary
 
 
 def build_gpt_model(
@@ -74,6 +74,7 @@ def transformer_config(
     device: Device,
 ) -> TransformerConfig:
     """megatron-core's configuration of an InternLM; its fusions that need CUDA or Apex are off."""
+    use_fused_rotary()
     full = training.recompute_granularity == "full"
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
@@ -111,6 +112,9 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
+        apply_rope_fusion=True,
+        # Not TransformerEngine's: the spec's own activation, `kernels.swiglu`.
+        use_te_activation_func=True,
         persist_layer_norm=False,
         # Pipeline neighbours exchange tensors one by one: gloo has no batched device-side order.
         batch_p2p_comm=device.name != "cpu" and not interleaved,

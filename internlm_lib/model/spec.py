@@ -6,6 +6,7 @@ Import only after `Device.adapt_megatron()`.
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from internlm_lib.kernels.attention import causal_attention
 from internlm_lib.kernels.rmsnorm import rms_norm
+from internlm_lib.kernels.rotary import rotary
+from internlm_lib.kernels.swiglu import swiglu
 from internlm_lib.model.layer import RecomputingLayer
 
 
@@ -29,12 +32,23 @@ def layer_spec(
     norm = norm_spec(use_fused_rmsnorm)
     spec.submodules.input_layernorm = norm
     spec.submodules.pre_mlp_layernorm = norm
+    # Stands where TransformerEngine's would; the configuration asks for it.
+    spec.submodules.mlp.submodules.activation_func = swiglu
     attention = spec.submodules.self_attention.submodules
     if attention_bias:
         attention.linear_proj = RowParallelLinearWithBias
     if use_flash_attn:
         attention.core_attention = FusedCausalAttention
     return spec
+
+
+def use_fused_rotary() -> None:
+    """Give megatron-core `kernels.rotary` where TransformerEngine's fused one is not installed.
+
+    Call before a TransformerConfig with `apply_rope_fusion` is made.
+    """
+    if rope_utils.fused_apply_rotary_pos_emb is None:
+        rope_utils.fused_apply_rotary_pos_emb = rotary
 
 
 def norm_spec(fused: bool) -> ModuleSpec:

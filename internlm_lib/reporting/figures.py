@@ -51,6 +51,15 @@ class RoleStyle:
 REFERENCE = RoleStyle(color=BLUE, linestyle="-", linewidth=2.8, hatch="")
 CANDIDATE = RoleStyle(color=VERMILION, linestyle="--", linewidth=1.5, hatch="///")
 
+_TIME_STYLES = {
+    "forward_backward_seconds": ("forward and backward", BLUE, ""),
+    "communication_seconds": ("communication", ORANGE, "///"),
+    "optimizer_seconds": ("optimizer", GREEN, "..."),
+    "data_seconds": ("data", VERMILION, "xxx"),
+    "other_seconds": ("other", GREY, ""),
+}
+"""Column of `performance.step_times` → label, colour, hatch; in the order they are drawn."""
+
 _RC: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 12,
@@ -204,6 +213,34 @@ def throughput_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 
 
 @style()
+def step_times_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Where the time of a step went, one bar per training, its parts one after the other.
+
+    Args:
+        rows: of `performance.step_times`.
+    """
+    figure = _figure(8.0, 1.9 + 0.7 * len(rows))
+    axes = figure.subplots()
+    for name, (label, color, hatch) in _TIME_STYLES.items():
+        values = [row[name] or 0.0 for row in rows]
+        if all(row[name] is None for row in rows):
+            continue
+        before = [sum(row[n] or 0.0 for n in _parts_before(name)) for row in rows]
+        axes.barh(
+            range(len(rows)), values, 0.6, left=before, label=label, color=color, hatch=hatch,
+            edgecolor="white", linewidth=0,
+        )  # fmt: skip
+    axes.set_yticks(range(len(rows)), [f"{row['role']}\n{row['layout']}" for row in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(left=0)
+    _label(axes, "Where the time of a step goes", "seconds per step (medians)", "")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+@style()
 def accuracy_figure(
     rows: Sequence[Mapping[str, Any]], *, chance: float | None = None, title: str = "Accuracy"
 ) -> "Figure":
@@ -253,6 +290,12 @@ def length_histogram(lengths: Sequence[int], *, seq_length: int | None = None) -
         axes.legend()
     _label(axes, f"Length of {len(lengths):,} documents", "tokens per document", "documents")
     return figure
+
+
+def _parts_before(name: str) -> list[str]:
+    """Parts of a step that are drawn left of one."""
+    names = list(_TIME_STYLES)
+    return names[: names.index(name)]
 
 
 def _figure(width: float, height: float) -> "Figure":

@@ -41,6 +41,35 @@ def throughput(training: LoggedTraining, role: str) -> dict[str, Any]:
     }
 
 
+TIME_PARTS = {
+    "data_seconds": "data",
+    "forward_backward_seconds": "forward and backward",
+    "communication_seconds": "communication",
+    "optimizer_seconds": "optimizer",
+}
+"""Field of a `step` event → what it is called; the fields do not overlap."""
+
+
+def step_times(training: LoggedTraining, role: str) -> dict[str, Any]:
+    """One table row: where a step's time went on rank 0, medians over the steps after warm-up.
+
+    Columns: `role`, `layout`, `step_seconds`, those of `TIME_PARTS` (None where not recorded, as
+    communication is on an accelerator) and `other_seconds`, the rest of the step.
+    """
+    steps = training.steps[math.floor(WARM_UP_FRACTION * len(training.steps)) :]
+    whole = _quantile(_values(steps, "step_seconds"), 0.5)
+    parts = {name: _quantile(_values(steps, name), 0.5) for name in TIME_PARTS}
+    known = sum(value for value in parts.values() if value is not None)
+    return {
+        "role": role,
+        "layout": training.start["layout"],
+        "step_seconds": whole,
+        **parts,
+        # Medians of parts need not add up to the median of the whole.
+        "other_seconds": max(0.0, whole - known) if whole is not None else None,
+    }
+
+
 def throughput_ratio(reference: dict[str, Any], candidate: dict[str, Any]) -> float | None:
     """Candidate ÷ reference in tokens per second and device; above 1 the candidate is faster."""
     key = "tokens_per_second_per_device"

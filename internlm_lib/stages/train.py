@@ -13,9 +13,10 @@ from internlm_lib.devices.base import check_world_size
 from internlm_lib.errors import KitError
 from internlm_lib.files import read_json
 from internlm_lib.reporting.loss import LoggedTraining, read_training
-from internlm_lib.reporting.performance import throughput
+from internlm_lib.reporting.performance import step_times, throughput
 from internlm_lib.stages.stage import Stage
 from internlm_lib.training.nodes import Nodes, plan_training
+from internlm_lib.training.profile import check_steps, slowest_operators
 from internlm_lib.training.schedule import learning_rate
 from internlm_lib.training.supervise import train_role
 from internlm_lib.weights.start import starting_folder
@@ -77,17 +78,24 @@ def draw_schedule(stage: Stage) -> Path:
     return stage.figure("schedule", schedule_figure(rows))
 
 
-def train(stage: Stage, show: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+def train(
+    stage: Stage, show: Callable[[str], None] = lambda text: None, *, profile: bool = False
+) -> list[dict[str, Any]]:
     """Train all roles, one after the other; returns table rows of what came out.
 
     Args:
         show: told the latest step, loss, tokens/s and time left, in a line of text.
+        profile: trace some steps of every rank; `profiles` reads what it leaves.
     Raises:
         WorkerError: a rank failed, or all hung, and no restart is left.
         StoppedError: asked to stop; the same command goes on from there.
+        InputError: too few steps to be profiled.
     """
+    if profile:
+        check_steps(stage.experiment.training.train_iters)
     for role in stage.experiment.roles:
-        plan = plan_training(stage.folder, stage.experiment, role, Nodes())
+        arguments = ("--profile",) if profile else ()
+        plan = plan_training(stage.folder, stage.experiment, role, Nodes(), *arguments)
         train_role(plan, stage.experiment, role, show)
     rows = [
         {"training": role, "layout": training.start["layout"], **_numbers(training)}
@@ -114,6 +122,29 @@ def draw_losses(stage: Stage) -> Path:
     from internlm_lib.reporting.figures import loss_figure
 
     return stage.figure("training_loss", loss_figure(**_trainings(stage)))
+
+
+def draw_times(stage: Stage) -> Path:
+    """Draw where the time of a step went, per training, with its CSV beside; returns the PNG."""
+    from internlm_lib.reporting.figures import step_times_figure
+
+    rows = [step_times(training, role) for role, training in _trainings(stage).items()]
+    stage.table("step_times", rows)
+    return stage.figure("step_times", step_times_figure(rows))
+
+
+def profiles(stage: Stage) -> dict[str, list[dict[str, Any]]]:
+    """Of every training the rows of `slowest_operators`, written as `profile_<role>.csv` too.
+
+    Raises KitError if a training was not profiled.
+    """
+    found: dict[str, list[dict[str, Any]]] = {
+        role: slowest_operators(stage.folder.training(role).profile)
+        for role in stage.experiment.roles
+    }
+    for role, rows in found.items():
+        stage.table(f"profile_{role}", rows)
+    return found
 
 
 def summarize(stage: Stage) -> dict[str, Any]:
@@ -148,12 +179,15 @@ def check_losses(result: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def run(stage: Stage, show: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def run(
+    stage: Stage, show: Callable[[str], None] = lambda text: None, *, profile: bool = False
+) -> dict[str, Any]:
     """All steps in order; returns the stage's result. Raises what `check_losses` raises."""
     check_inputs(stage)
     draw_schedule(stage)
-    train(stage, show)
+    train(stage, show, profile=profile)
     draw_losses(stage)
+    draw_times(stage)
     result = summarize(stage)
     check_losses(result)
     return result

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.models.gpt import GPTModel
 
-from internlm_lib.data.batches import BatchStream
+from internlm_lib.data.batches import Ahead, BatchStream
 from internlm_lib.devices import Device
 from internlm_lib.engines.base import Engine, StepResult
 from internlm_lib.errors import KitError, RollbackError, StoppedError
@@ -43,7 +43,7 @@ class TrainingLoop:
 
     engine: Engine
     chunks: list[GPTModel]
-    batches: BatchStream
+    batches: BatchStream | Ahead
     validation: BatchStream | None
     training: TrainingSection
     optimizer: OptimizerSection
@@ -105,7 +105,7 @@ class TrainingLoop:
             "step", step=step, loss=result.loss, grad_norm=result.grad_norm, lr=lr,
             step_seconds=seconds, memory_bytes=self.device.peak_memory_bytes(),
             **self.throughput.rates(size * self.training.seq_length, seconds),
-            **_particulars(self.training, size, result),
+            **_particulars(self.training, size, result), **result.seconds,
         )  # fmt: skip
 
     def _is_overflow(self, step: int, result: StepResult) -> bool:

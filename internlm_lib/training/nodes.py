@@ -41,9 +41,13 @@ class Nodes:
     interface: str | None = None
 
 
-def plan_training(folder: RunFolder, experiment: Experiment, role: str, nodes: Nodes) -> LaunchPlan:
+def plan_training(
+    folder: RunFolder, experiment: Experiment, role: str, nodes: Nodes, *options: str
+) -> LaunchPlan:
     """The plan of one training of an experiment.
 
+    Args:
+        options: of the worker, e.g. `--profile`.
     Raises:
         InputError: the experiment has no such training, or the nodes do not fit its layout.
     """
@@ -56,6 +60,7 @@ def plan_training(folder: RunFolder, experiment: Experiment, role: str, nodes: N
         WORKER,
         folder,
         role,
+        *options,
         world_size=experiment.layout(role).world_size,
         logs=folder.training(role).logs,
         device=_device_name(experiment),

@@ -1,4 +1,4 @@
-"""One rank of a training: `python -m internlm_lib.training.worker RUN_FOLDER ROLE`."""
+"""One rank of a training: `python -m internlm_lib.training.worker RUN_FOLDER ROLE [--profile]`."""
 
 import os
 import time
@@ -18,6 +18,7 @@ from internlm_lib.ranks.stopping import StopRequest
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.training.determinism import VARIABLES, make_deterministic
 from internlm_lib.training.guard import StepGuard
+from internlm_lib.training.profile import profiled
 from internlm_lib.training.recompute import Choice
 from internlm_lib.weights.start import starting_folder
 
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from internlm_lib.engines.base import Engine
 
 
-def train_role(folder: RunFolder, role: str) -> None:
-    """Train one layout of the run's experiment, from the run's weights or its last checkpoint."""
+def train_role(folder: RunFolder, role: str, *options: str) -> None:
+    """Train one layout of the run's experiment, from the run's weights or its last checkpoint.
+
+    Args:
+        options: `--profile` leaves a trace of some steps in the training's folder.
+    """
     _, experiment = load_experiment(folder.experiment)
     layout = experiment.layout(role)
     if experiment.training.deterministic_mode:
@@ -36,7 +41,7 @@ def train_role(folder: RunFolder, role: str) -> None:
     device = select_device(experiment.parallel.device)
     stop = StopRequest()
     device.adapt_megatron()
-    _train(folder, role, experiment, layout, device, stop)
+    _train(folder, role, experiment, layout, device, stop, profile="--profile" in options)
 
 
 def _train(
@@ -46,11 +51,14 @@ def _train(
     layout: Layout,
     device: Device,
     stop: StopRequest,
+    *,
+    profile: bool,
 ) -> None:
     # These import megatron, which must be adapted to the device first.
     from megatron.core import parallel_state
 
     from internlm_lib.data.batches import BatchStream, build_datasets, data_order_sha256
+    from internlm_lib.engines.stopwatch import time_collectives
     from internlm_lib.model.build import build_chunks
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
     from internlm_lib.training.activations import decide_recompute
@@ -81,6 +89,10 @@ def _train(
     engine = build_engine(chunks, layout, experiment)
     if start.checkpoint:
         restore(engine, chunks, start.checkpoint, experiment.model)
+    if profile:
+        engine = profiled(engine, files.profile, device)
+    if device.name == "cpu":
+        time_collectives()
 
     stream = partial(
         BatchStream,
@@ -101,7 +113,7 @@ def _train(
     TrainingLoop(
         engine=engine,
         chunks=chunks,
-        batches=stream(train_data),
+        batches=stream(train_data).ahead(),
         validation=stream(valid_data) if valid_data else None,
         training=training,
         optimizer=experiment.optimizer,

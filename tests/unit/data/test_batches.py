@@ -137,6 +137,48 @@ def test_steps_of_growing_size_take_the_samples_one_after_the_other(data: int, m
         assert taken == list(megatron_sampler(sum(sizes), rank, data, micro))
 
 
+def test_batches_made_ahead_are_the_same_in_any_order_of_steps() -> None:
+    plain = stream(Numbered(100), micro=6)
+    ahead = plain.ahead()
+    for consumed, count in ((0, 12), (12, 12), (24, 24), (84, 12), (96, 12), (36, 12), (36, 12)):
+        ours, theirs = ([numbers(b) for b in s.samples(consumed, count)] for s in (ahead, plain))
+        assert ours == theirs
+
+
+def test_the_next_step_is_made_while_one_is_taken() -> None:
+    """Once a step's first batch is there, the thread works on the next; it dies with its step."""
+    import threading
+
+    asked = []
+
+    class Watched(Numbered):
+        def __getitem__(self, number: int) -> dict[str, Any]:
+            asked.append((number, threading.current_thread()))
+            return super().__getitem__(number)
+
+    ahead = stream(Watched(100)).ahead()
+    next(ahead.samples(0, GLOBAL))
+    for thread in {thread for _, thread in asked} | set(threading.enumerate()):
+        if thread.name.startswith("batches"):
+            assert thread.daemon
+            thread.join(5)
+    assert [number for number, _ in asked] == list(range(2 * GLOBAL))
+    assert threading.main_thread() not in {thread for _, thread in asked}
+
+
+def test_what_goes_wrong_ahead_is_raised_in_its_own_step() -> None:
+    class Torn(Numbered):
+        def __getitem__(self, number: int) -> dict[str, Any]:
+            if number >= GLOBAL:
+                raise OSError(f"sample {number}")
+            return super().__getitem__(number)
+
+    ahead = stream(Torn(100)).ahead()
+    assert len(list(ahead.samples(0, GLOBAL))) == 1
+    with pytest.raises(OSError, match="sample 12"):
+        list(ahead.samples(GLOBAL, GLOBAL))
+
+
 def write(prefix: Path, documents: Sequence[Sequence[int]] = DOCUMENTS) -> Path:
     with indexed_writer(prefix, VOCABULARY) as writer:
         for document in documents:

@@ -122,10 +122,44 @@ def loaded_loss_scale(cuda: Any) -> None:
     assert other.state_dict() == one.state_dict() and other.scale.item() == 2.0**19
 
 
+def adamw(cuda: Any) -> None:
+    """The fused form, which is one to megatron and changes nothing but rounding."""
+    from megatron.core import optimizer
+
+    start = torch.linspace(-1, 1, 100)
+    both = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    settings = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
+    fused, plain = optimizer.torch.optim.AdamW([both[0]], **settings), torch.optim.AdamW
+    assert isinstance(fused, plain) and fused.param_groups[0]["fused"]
+    steps = (fused, plain([both[1]], foreach=False, **settings))
+    for _ in range(3):
+        for parameter, one in zip(both, steps, strict=True):
+            parameter.grad = start.sin()
+            one.step()
+    assert torch.allclose(*both, rtol=1e-6, atol=1e-7)
+
+
+def lone_ranks(cuda: Any) -> None:
+    """Left out only if one rank would copy a buffer onto itself and nobody waits for a handle."""
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    found: list[Any] = []
+    for name in ("dist_reduce_scatter_func", "dist_all_gather_func"):
+        assert isinstance(getattr(buffers, name), cpu_megatron._UnlessAlone)
+    call = cpu_megatron._UnlessAlone(lambda *tensors, **options: found.append(options) or "done")
+    buffer, one = torch.ones(4), types.SimpleNamespace(size=lambda: 1)
+    two = types.SimpleNamespace(size=lambda: 2)
+    assert call(buffer, buffer.view(4), group=one, async_op=False) is None and not found
+    assert call(buffer, buffer, group=two, async_op=False) == "done"
+    assert call(buffer, buffer, group=one, async_op=True) == "done"
+    assert call(buffer, torch.ones(4), group=one) == "done"
+
+
 @pytest.mark.parametrize(
     "holds",
     [
-        current_device, waiting_and_binding, device_count, streams_and_events, generator_state,
+        adamw, lone_ranks, current_device, waiting_and_binding, device_count,
+        streams_and_events, generator_state,
         megatrons_generator_state, seeded_tracker, tensor_types, loaded_loss_scale,
     ],
     ids=lambda holds: holds.__name__.replace("_", " "),

@@ -47,6 +47,18 @@ def test_equal_and_broken_curves_say_so(drawn, folder):
     figures.save_figure(broken, folder.figures / "broken")
 
 
+def test_parts_of_a_step_lie_end_to_end_and_what_was_not_measured_is_left_out():
+    times = {"forward_backward_seconds": 0.5, "communication_seconds": None, "data_seconds": 0.1,
+             "optimizer_seconds": 0.25, "other_seconds": 0.05}  # fmt: skip
+    row = {"role": "candidate", "layout": "TP1", "step_seconds": 0.9, **times}
+    figure = figures.step_times_figure([row])
+    bars = figure.axes[0].patches
+    assert [bar.get_x() for bar in bars] == pytest.approx([0, 0.5, 0.75, 0.85])
+    assert [bar.get_width() for bar in bars] == pytest.approx([0.5, 0.25, 0.1, 0.05])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["forward and backward", "optimizer", "data", "other"]
+
+
 def test_accuracy_bars_leave_out_what_was_not_measured():
     rows = [{"subject": "two_words", "before": None, "after": 0.5}]
     (axes,) = figures.accuracy_figure(rows, chance=0.25).axes

@@ -1,4 +1,4 @@
-"""One rank of `test_recompute.py`: trains a few steps under every policy, in one process group.
+"""One rank of `test_recompute_policies.py`: trains a few steps under every policy, in one process group.
 
 `python -m tests.parity.recompute_worker RUN_FOLDER RESULT`
 """
@@ -69,12 +69,12 @@ def compare(folder: RunFolder, result: str) -> None:
 
 
 def _compare(folder: RunFolder, experiment: Experiment, device: Device, result: Path) -> None:
-    from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
+    from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown, split_ranks
 
     initialize_parallel(SEQUENCE_PARALLEL, device)
     found = {}
     for name, (layout, keys, policies) in SETTINGS.items():
-        _split_anew(layout)
+        split_ranks(layout)
         changed = _with(experiment, **keys)
         found[name] = {
             "policies": _policies(folder, changed, layout, device, policies),
@@ -83,15 +83,6 @@ def _compare(folder: RunFolder, experiment: Experiment, device: Device, result: 
     if is_rank_zero():
         write_json(result, found)
     shutdown()
-
-
-def _split_anew(layout: Layout) -> None:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    )
 
 
 def _policies(
@@ -198,12 +189,12 @@ def _trained(
 ) -> dict[str, Any]:
     """Bytes kept of a micro-batch, then losses, gradient norms and a sum of the weights after."""
     from internlm_lib.training.activations import forward_pass, saved_bytes
-    from internlm_lib.training.worker import _engine
+    from internlm_lib.training.worker import build_engine
 
     measured = saved_bytes(forward_pass(gpt, experiment.training, device), gpt.parameters())
-    engine = _engine(gpt, layout, experiment)
+    engine = build_engine([gpt], layout, experiment)
     steps = [engine.train_step(_batches(experiment, step), 2, LR) for step in range(STEPS)]
-    with engine.whole_weights() as trained:
+    with engine.whole_weights() as (trained,):
         weights = sum(weight.double().abs().sum() for weight in trained.parameters())
     return {
         "predicted": predicted,

@@ -86,13 +86,12 @@ def test_activations_are_those_of_one_layer_times_layers(name: str, built: Any) 
 
 def test_a_layer_of_the_7b_keeps_what_is_counted_term_by_term(built: Any) -> None:
     """With fused operators, in bf16, 2 × 2048 tokens, per token and in values of two bytes: the two
-    norms' inputs and outputs 4h, qkv 3h, turned q and k 2h, the output of attention h; fc1 2f, silu
-    f, up + 0 f, the product f. Beside it rstd, the log of the softmax's sum, and the rotary tables
-    (cos and sin, for q and for k) of [s, head_dim]."""
+    norms' inputs and outputs 4h, qkv 3h, turned q and k 2h, the output of attention h; fc1 2f, the
+    product f. Beside it rstd, the log of the softmax's sum, and the rotary angles [s, head_dim]."""
     shape, tokens = model("internlm_7b"), 2 * 2048
     h, f = shape.hidden_size, shape.ffn_hidden_size
-    values = tokens * (10 * h + 5 * f)
-    rest = 4 * tokens * (2 + shape.num_attention_heads) + 2 * 4 * 2048 * shape.head_dim
+    values = tokens * (10 * h + 3 * f)
+    rest = 4 * tokens * (2 + shape.num_attention_heads) + 4 * 2048 * shape.head_dim
     assert built["internlm_7b"]["layer"]["activation_bytes"] == 2 * values + rest
 
 

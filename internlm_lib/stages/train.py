@@ -113,7 +113,7 @@ def profiles(stage: Stage) -> dict[str, list[dict[str, Any]]]:
 
     Raises KitError if a training was not profiled.
     """
-    found = {
+    found: dict[str, list[dict[str, Any]]] = {
         role: slowest_operators(stage.folder.training(role).profile)
         for role in stage.experiment.roles
     }

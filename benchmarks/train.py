@@ -410,7 +410,7 @@ def train_kit(root: Path) -> None:
         elif event == "step":
             turns[0].took_step(fields["loss"], time.perf_counter() - begin)
 
-    Journal.write = write_and_wait  # type: ignore[method-assign, assignment]
+    Journal.write = write_and_wait  # type: ignore[method-assign,assignment]
     train_role(RunFolder.of(RUN, root), ROLE)
 
 

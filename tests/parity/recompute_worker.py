@@ -1,4 +1,4 @@
-"""One rank of `test_recompute_policies.py`: trains a few steps under every policy, in one process group.
+"""One rank of `test_recompute_policies.py`: a few steps under every policy, in one group.
 
 `python -m tests.parity.recompute_worker RUN_FOLDER RESULT`
 """

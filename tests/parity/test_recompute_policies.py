@@ -21,7 +21,7 @@ MEMORY_TOLERANCE = 1e-6
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("recompute")
-    run = make_run(root, SEQUENCE_PARALLEL, **{"model.num_layers": 4})
+    run = make_run(root, SEQUENCE_PARALLEL, **{"model.num_layers": 4, "training.seq_length": 64})
     result = root / "found.json"
     launch(
         "tests.parity.recompute_worker", run, str(result), world_size=2, logs=run.path / "logs"

@@ -152,7 +152,7 @@ def measure(root: Path, pairs: int, steps: int) -> dict[str, Any]:
     for name, row in rows.items():
         row["import_memory_mib"] = round(started[name]["memory_bytes"] / 2**20, 1)
     return {
-        "kit": __version__,
+        "kit_version": __version__,
         **record(),
         "device": "cpu",
         "threads": THREADS,

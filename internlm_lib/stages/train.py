@@ -5,6 +5,7 @@ The work is done in ranks (`training/worker.py`); this process starts them and f
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from internlm_lib.data.indexed import token_files
@@ -12,16 +13,20 @@ from internlm_lib.devices import select_device
 from internlm_lib.devices.base import check_world_size
 from internlm_lib.errors import KitError
 from internlm_lib.files import read_json
+from internlm_lib.journal import read_journal
+from internlm_lib.ranks.render import torchrun_lines
 from internlm_lib.reporting.loss import LoggedTraining, read_training
 from internlm_lib.reporting.performance import step_times, throughput
 from internlm_lib.stages.stage import Stage
 from internlm_lib.training.nodes import Nodes, plan_training
 from internlm_lib.training.profile import check_steps, slowest_operators
+from internlm_lib.training.recompute import MIB
 from internlm_lib.training.schedule import learning_rate
 from internlm_lib.training.supervise import train_role
 from internlm_lib.weights.start import starting_folder
 
 _CURVE_POINTS = 200
+_BEFALLEN = ("checkpoint", "checkpoint_failed", "bad_step", "restart")
 
 
 def check_inputs(stage: Stage) -> list[dict[str, Any]]:
@@ -57,6 +62,18 @@ def check_inputs(stage: Stage) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def launch_plan(stage: Stage) -> list[dict[str, Any]]:
+    """The command that starts each training's ranks, one row per training."""
+    plans = {
+        role: plan_training(stage.folder, stage.experiment, role, Nodes())
+        for role in stage.experiment.roles
+    }
+    return [
+        {"training": role, "ranks": plan.world_size, "command": torchrun_lines(plan)[0]}
+        for role, plan in plans.items()
+    ]
 
 
 def draw_schedule(stage: Stage) -> Path:
@@ -133,6 +150,16 @@ def draw_times(stage: Stage) -> Path:
     return stage.figure("step_times", step_times_figure(rows))
 
 
+def resources(stage: Stage) -> list[dict[str, Any]]:
+    """Memory and what befell each training, one row per training; also `resources.csv`."""
+    rows = [
+        _resources(training, _newest_training(stage.folder.training(role).journal))
+        for role, training in _trainings(stage).items()
+    ]
+    stage.table("resources", rows)
+    return rows
+
+
 def profiles(stage: Stage) -> dict[str, list[dict[str, Any]]]:
     """Of every training the rows of `slowest_operators`, written as `profile_<role>.csv` too.
 
@@ -188,14 +215,44 @@ def run(
     train(stage, show, profile=profile)
     draw_losses(stage)
     draw_times(stage)
+    resources(stage)
     result = summarize(stage)
     check_losses(result)
     return result
 
 
+def _resources(training: LoggedTraining, journal: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts are over all attempts; memory is rank 0's, resident on a CPU, else the device's."""
+    of_kind = {kind: [e for e in journal if e["event"] == kind] for kind in _BEFALLEN}
+    saved = of_kind["checkpoint"]
+    return {
+        "training": training.start["role"],
+        "layout": training.start["layout"],
+        "peak_memory_mib": max(step["memory_bytes"] for step in training.steps) / MIB,
+        "checkpoints": len(saved),
+        "checkpoint_mib": saved[-1]["bytes"] / MIB if saved else None,
+        "stall_seconds_per_checkpoint": median(e["stall_seconds"] for e in saved)
+        if saved
+        else None,
+        "checkpoints_failed": len(of_kind["checkpoint_failed"]),
+        "batches_left_out": len(of_kind["bad_step"]),
+        "restarts": len(of_kind["restart"]),
+    }
+
+
 def _span(first: int, full: int) -> int | str:
     """One number, or two where the batch ramps up."""
     return full if first == full else f"{first} to {full}"
+
+
+def _newest_training(journal: Path) -> list[dict[str, Any]]:
+    """The events since step 1 was last begun: those of earlier trainings stay in a journal."""
+    found: list[dict[str, Any]] = []
+    for event, _ in read_journal(journal):
+        if event["event"] == "start" and event["first_step"] == 1:
+            found = []
+        found.append(event)
+    return found
 
 
 def _trainings(stage: Stage) -> dict[str, LoggedTraining]:

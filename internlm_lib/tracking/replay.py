@@ -46,6 +46,7 @@ _TRAINING_TAGS = (
 )  # fmt: skip
 _TRAINING_PARAMS = ("train_iters", "tokens_per_step", "parameters")
 _STAGE_ENDS: dict[str, Status] = {"done": "FINISHED", "failed": "FAILED"}
+_TRAINING_ENDS: dict[str, Status] = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 @dataclass
@@ -181,7 +182,7 @@ class TrainingReplay:
                 self._add({HELD_OUT_METRICS[event["event"]]: event["loss"]}, event)
             elif event["event"] == "end":
                 self._flush()
-                self._close("FINISHED" if event["status"] == "done" else "FAILED", event["time"])
+                self._close(_TRAINING_ENDS[event["status"]], event["time"])
             if not self._metrics:
                 self.session.advance(self.journal, offset)
             count += 1

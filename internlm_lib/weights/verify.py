@@ -54,17 +54,7 @@ def verify(
             "manifest": True,
         }
     with weights:
-        entries, damaged = manifest.get("tensors"), []
-        if entries is None:  # of a training's state, whose files alone are hashed
-            entries = hash_tensors(weights, weights.names(), tell)
-            damaged = [n for n, t in weights.tensors.items() if _lies_in(t, suspects)]
-            suspects = set()
-        for name, tensor in weights.tensors.items():
-            if _lies_in(tensor, suspects):
-                found = _sha256(weights, name)
-                if found != entries[name]["sha256"] or _copies_differ(weights, name):
-                    damaged.append(name)
-                entries[name]["sha256"] = found
+        entries, damaged = _compared(weights, manifest, suspects, tell)
         report = _report(weights, entries, manifest=True)
     if suspects and not damaged:
         problems.append("the damage lies outside of the tensors' own bytes")
@@ -122,6 +112,25 @@ def _file_problems(
     found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     problems += [f"{name} was not there when the manifest was made" for name in found - known]
     return problems, suspects
+
+
+def _compared(
+    weights: Checkpoint, manifest: Mapping[str, Any], suspects: set[Path], progress: Progress
+) -> tuple[dict[str, Any], list[str]]:
+    """The entries of what lies there now, and the tensors that are not what was written.
+
+    Of a training's state the files alone are hashed: every tensor in a suspect one counts.
+    """
+    lying = [name for name, tensor in weights.tensors.items() if _lies_in(tensor, suspects)]
+    if "tensors" not in manifest:
+        return hash_tensors(weights, weights.names(), progress), lying
+    entries, damaged = dict(manifest["tensors"]), []
+    for name in lying:
+        found = _sha256(weights, name)
+        if found != entries[name]["sha256"] or _copies_differ(weights, name):
+            damaged.append(name)
+        entries[name] = {**entries[name], "sha256": found}
+    return entries, damaged
 
 
 def _lies_in(tensor: LogicalTensor, files: set[Path]) -> bool:

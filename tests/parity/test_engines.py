@@ -1,5 +1,6 @@
 """Engines and layouts against one rank: the benchmark's trainings, fewer of them and shorter."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from internlm_lib.journal import events, training_steps
 from internlm_lib.ranks.launch import launch
 from internlm_lib.run_folder import RunFolder, state_name
 from internlm_lib.weights.formats import open_checkpoint
+from internlm_lib.weights.verify import verify
 
 STEPS = 6
 KINDS = (
@@ -112,3 +114,26 @@ def test_a_training_validates_tests_and_saves_on_the_way(
     assert start["environment"]["HCCL_DETERMINISTIC"] == "true"
     saved = [files.checkpoints / state_name(4) / "state.json", files.checkpoint / "metadata.json"]
     assert all(path.is_file() for path in saved)
+    _check_state(files.checkpoints / state_name(4), run)
+
+
+def _check_state(state: Path, run: RunFolder) -> None:
+    """A state to resume from is a checkpoint like others: recognised, read, verified."""
+    with open_checkpoint(state) as weights, open_checkpoint(run.huggingface) as before:
+        assert (weights.format_name, weights.layout, weights.dtype) == (
+            "training",
+            "TP1",
+            "float32",
+        )
+        assert weights.names() == before.names()
+        for name in weights.names():
+            assert weights.read(name).shape == before.read(name).shape
+    assert verify(state)["ok"]
+    with (state / "rank-00000.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    report = verify(state)
+    assert not report["ok"]
+    assert "rank-00000.safetensors is not what was written" in report["problems"][0]

@@ -6,7 +6,6 @@ Import only after `Device.adapt_megatron()`.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from internlm_lib.errors import InputError
 from internlm_lib.journal import read_journal, training_steps
@@ -38,9 +37,8 @@ def find_start(
     """
     remove_unfinished(files.checkpoints)
     path = newest_whole(files.checkpoints, record)
-    skipped = _samples_to_leave_out(files.journal)
     if path is None:
-        return Start(None, Position(consumed_samples=skipped))
+        return Start(None, Position(consumed_samples=_samples_to_leave_out(files.journal, None)))
     position, state = read_position(path)
     for name, value in hashes.items():
         if state[name] != value:
@@ -49,7 +47,8 @@ def find_start(
                 f"is {value[:12]}…: a checkpoint continues the same experiment only. Delete "
                 f"{files.checkpoints} to begin anew, or take its weights by model.weights"
             )
-    consumed = max(position.consumed_samples, skipped)
+    left_out = _samples_to_leave_out(files.journal, path)
+    consumed = max(position.consumed_samples, left_out)
     taken = [step["step"] for step in training_steps(files.journal)]
     return Start(
         path,
@@ -59,13 +58,17 @@ def find_start(
     )
 
 
-def _samples_to_leave_out(journal: Path) -> int:
-    """How far the data was used up when a step was last rolled back; 0 if none was.
+def _samples_to_leave_out(journal: Path, checkpoint: Path | None) -> int:
+    """How far the data was used up when a step of this training was rolled back; 0 if none was.
 
-    What lies between the checkpoint and that step is not trained on again.
+    What lies between the checkpoint and that step is not trained on again. A journal also has
+    earlier trainings: one begins with a start from no checkpoint that is no restart.
     """
-    bad: list[dict[str, Any]] = [
-        event for event, _ in read_journal(journal) if event["event"] == "bad_step"
-    ]
-    rolled_back = [event["consumed_samples"] for event in bad if event["policy"] == "rollback"]
-    return max(rolled_back, default=0)
+    used, restarted = 0, False
+    for event, _ in read_journal(journal):
+        if event["event"] == "start" and event["resumed_from"] is None and not restarted:
+            used = 0
+        elif event["event"] == "bad_step" and event["policy"] == "rollback":
+            used = max(used, event["consumed_samples"])
+        restarted = event["event"] == "restart"
+    return used if checkpoint or restarted else 0

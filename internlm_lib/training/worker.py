@@ -62,6 +62,7 @@ def _train(
     from internlm_lib.model.build import build_chunks
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
     from internlm_lib.training.activations import decide_recompute
+    from internlm_lib.training.agreement import from_rank_zero
     from internlm_lib.training.checkpoint import CheckpointWriter, restore
     from internlm_lib.training.loop import Throughput, TrainingLoop, held_out_loss
     from internlm_lib.training.resume import find_start
@@ -80,7 +81,7 @@ def _train(
     weights = starting_folder(folder, experiment.model)
     hashes = {
         "config_sha256": provenance.sha256_of_experiment(experiment),
-        "data_sha256": data_order_sha256(train_data),
+        "data_sha256": from_rank_zero(lambda: data_order_sha256(train_data)),
         "weights_sha256": _weights_sha256(folder, weights, experiment.model),
     }
     start = find_start(files, hashes, record)

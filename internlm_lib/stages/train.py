@@ -22,7 +22,7 @@ from internlm_lib.training.nodes import Nodes, plan_training
 from internlm_lib.training.profile import check_steps, slowest_operators
 from internlm_lib.training.recompute import MIB
 from internlm_lib.training.schedule import learning_rate
-from internlm_lib.training.supervise import train_role
+from internlm_lib.training.supervise import train_role, trainings_left
 from internlm_lib.weights.start import starting_folder
 
 _CURVE_POINTS = 200
@@ -100,6 +100,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train all roles, one after the other; returns table rows of what came out.
 
+    After an interruption it goes on with the one that was not finished.
+
     Args:
         show: told the latest step, loss, tokens/s and time left, in a line of text.
         profile: trace some steps of every rank; `profiles` reads what it leaves.
@@ -110,7 +112,7 @@ def train(
     """
     if profile:
         check_steps(stage.experiment.training.train_iters)
-    for role in stage.experiment.roles:
+    for role in trainings_left(stage.folder, stage.experiment):
         arguments = ("--profile",) if profile else ()
         plan = plan_training(stage.folder, stage.experiment, role, Nodes(), *arguments)
         train_role(plan, stage.experiment, role, show)

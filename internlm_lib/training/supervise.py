@@ -2,15 +2,16 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from internlm_lib import provenance
 from internlm_lib.errors import RanksHangError, WorkerError
-from internlm_lib.experiment.schema import Experiment
+from internlm_lib.experiment.schema import Experiment, Role
 from internlm_lib.journal import Journal, events
 from internlm_lib.ranks.launch import launch_node
 from internlm_lib.ranks.plan import LaunchPlan
-from internlm_lib.run_folder import TrainingFolder
+from internlm_lib.run_folder import RunFolder, TrainingFolder
 from internlm_lib.training.progress import TrainingProgress
 
 
@@ -43,13 +44,41 @@ def train_role(
 
 def is_unfinished(files: TrainingFolder, experiment: Experiment) -> bool:
     """Whether an attempt at this very experiment left checkpoints and did not end."""
-    ends = events(files.journal, "end")
+    attempt = _last_attempt(files, experiment)
+    return attempt is not None and attempt.ended is None and files.checkpoints.is_dir()
+
+
+def trainings_left(folder: RunFolder, experiment: Experiment) -> Sequence[Role]:
+    """The trainings that an interrupted execution of them all has not finished; else all of them.
+
+    Each begins after the end of the one before it.
+    """
+    finished = 0.0
+    for number, role in enumerate(experiment.roles):
+        attempt = _last_attempt(folder.training(role), experiment)
+        if attempt is None or attempt.ended is None or attempt.started < finished:
+            return experiment.roles[number:]
+        finished = attempt.ended
+    return experiment.roles
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    started: float
+    ended: float | None
+    """None if it did not come to its last step."""
+
+
+def _last_attempt(files: TrainingFolder, experiment: Experiment) -> _Attempt | None:
+    """The last start of a training of this very experiment; None if there is none."""
     starts = events(files.journal, "start")
-    if not starts or not files.checkpoints.is_dir():
-        return False
-    done = ends and ends[-1]["status"] == "done" and ends[-1]["time"] > starts[-1]["time"]
-    same = starts[-1]["tags"]["config_sha256"] == provenance.sha256_of_experiment(experiment)
-    return same and not done
+    same = provenance.sha256_of_experiment(experiment)
+    if not starts or starts[-1]["tags"]["config_sha256"] != same:
+        return None
+    started = starts[-1]["time"]
+    ends = [e for e in events(files.journal, "end") if e["time"] > started]
+    done = ends and ends[-1]["status"] == "done" and files.checkpoint.is_dir()
+    return _Attempt(started, ends[-1]["time"] if done else None)
 
 
 def follow_ranks(

@@ -5,24 +5,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from internlm_lib.devices.base import Device
+from internlm_lib.devices.cpu import CpuDevice
 
 if TYPE_CHECKING:
     import torch
 
 
-class MetaDevice(Device):
+class MetaDevice(CpuDevice):
+    """Queues nothing and holds nothing, as a CPU; and computes nothing either."""
+
     name = "meta"
     backend = "fake"
-
-    def available(self) -> bool:
-        return True
-
-    def count(self) -> None:
-        return None
-
-    def bind(self, local_rank: int) -> None:
-        """Nothing holds it."""
 
     def current(self) -> "torch.device":
         import torch
@@ -31,9 +24,6 @@ class MetaDevice(Device):
 
     def description(self) -> str:
         return "meta"
-
-    def synchronize(self) -> None:
-        """Nothing is computed."""
 
     def peak_memory_bytes(self) -> int:
         return 0

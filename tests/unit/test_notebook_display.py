@@ -44,7 +44,7 @@ def test_settings_are_the_resolved_values_unrounded(
     stage = begin_stage("03_train", RunFolder.of("tiny"), experiment)
     rows = dict(show_settings(stage, ["training", "parallel"]).rows)
     assert rows["training.lr"] == "0.000123456789"
-    assert rows["training.save_interval"] == "none"
+    assert rows["training.recompute_granularity"] == "none"
     assert rows["parallel.candidate.tensor_model_parallel_size"] == "2"
     assert not any(name.startswith("model.") for name in rows)
 

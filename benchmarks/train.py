@@ -44,7 +44,7 @@ from internlm_lib.model.arithmetic import (
 )
 from internlm_lib.provenance import record
 from internlm_lib.run_folder import RunFolder
-from internlm_lib.tracking.tail import Tail
+from internlm_lib.tracking.tail import INTERVAL_SECONDS, Tail
 
 THREADS = 2
 RUN = "benchmark"
@@ -54,7 +54,7 @@ LOSS_TOLERANCE = 1e-5
 """Relative; sums in another order differ by some 1e-7 at first."""
 LIMITS = {"tokens_per_second": 1.0, "peak_memory": 1.1, "record_share": 0.01}
 AIM = {"tokens_per_second": 1.2}
-REPLICA_STEPS = 6
+REPLICA_STEPS = 9
 MATMUL_SIZE = 3072
 PARAMS = Path(__file__).resolve().parents[1] / "params" / "tiny.yaml"
 SETTINGS: dict[str, Any] = {
@@ -274,8 +274,8 @@ def replica_cost(kit: Contender, root: Path) -> dict[str, Any]:
 def settled_cpu_seconds(process: psutil.Process) -> float:
     """CPU seconds of the replica once it has caught up: it hardly works for two intervals."""
     before = cpu_seconds(process)
-    for _ in range(30):
-        time.sleep(5)
+    for _ in range(8):
+        time.sleep(2 * INTERVAL_SECONDS)
         now = cpu_seconds(process)
         if before > 1 and now - before < 0.2:
             return now

@@ -23,7 +23,7 @@ from internlm_lib.run_folder import RunFolder
 OWNER_VARIABLE = "INTERNLM_TAIL"
 """Environment variable holding the name of the run that a parent process already mirrors."""
 
-_INTERVAL_SECONDS = 10.0
+INTERVAL_SECONDS = 10.0
 _STOP_SECONDS = 60.0
 _STOP_WORD = b"stop\n"
 
@@ -108,7 +108,7 @@ def main(root: str, run: str) -> int:
     mlflow_store.load()
     folder, reported = RunFolder.of(run, Path(root)), ""
     while True:
-        stopping = _wait_for_stop(_INTERVAL_SECONDS)
+        stopping = _wait_for_stop(INTERVAL_SECONDS)
         try:
             mlflow_replica.sync(folder)
             problem = ""

@@ -56,6 +56,7 @@ RECIPE: dict[str, Any] = {
     "model.direct_start": True,
     "data.split": "8,1,1",
     "training.precision": "fp32",
+    "training.auto_recompute_device_memory_mib": None,
     "training.seq_length": 32,
     "training.micro_batch_size": 2,
     "training.global_batch_size": 8,

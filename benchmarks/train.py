@@ -73,6 +73,7 @@ SETTINGS: dict[str, Any] = {
     "training.global_batch_size": 4,
     "training.lr": 1e-4,
     "training.min_lr": 1e-5,
+    "training.auto_recompute_device_memory_mib": None,
     "optimizer.clip_grad": 1.0,
 }
 

@@ -21,6 +21,7 @@ SMALL = {
     "training.micro_batch_size": 2,
     "training.global_batch_size": 8,
     "training.train_iters": 10,
+    "training.auto_recompute_device_memory_mib": None,
 }
 
 

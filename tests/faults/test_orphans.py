@@ -17,7 +17,7 @@ from internlm_lib.run_folder import RunFolder
 from tests.conftest import heed_interrupts
 from tests.parity.make_run import make_run
 
-SECONDS_TO_DIE = 15.0
+SECONDS_TO_DIE = 30.0  # asked to stop, ranks finish their step and save
 SECONDS_TO_START = 180.0
 MARK = "INTERNLM_TEST_FAMILY"
 TWO_RANKS = Layout(tensor_model_parallel_size=2, sequence_parallel=True)

@@ -98,7 +98,7 @@ def test_a_killed_rank_ends_the_others_within_seconds_and_is_named(story: Any) -
     restart = of_kind(story, "restart")[0]
     assert "rank1 was killed by SIGKILL" in restart["error"]
     last = max(event["time"] for event in of_kind(story, "step") if event["time"] < restart["time"])
-    assert restart["time"] - last < 20
+    assert restart["time"] - last < 28  # torchrun itself would kill them after 30 s
 
 
 def test_a_hang_is_noticed_with_the_stacks_of_all_ranks(story: Any) -> None:

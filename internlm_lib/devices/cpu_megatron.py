@@ -3,9 +3,10 @@ what stands there instead.
 
 megatron's modules reach CUDA through their module-global name `torch`. After all of them are
 imported, that name is rebound to a proxy; `torch` itself, and everyone else's, stays as it is.
-Four points lie deeper and are adapted one by one. The last two are there for speed alone: torch's
-AdamW takes its fused form, as Apex's is, and a collective of one rank into its own input is left
-out, where gloo would copy it. All points:
+Five points lie deeper and are adapted one by one. The last three are there for speed alone: torch's
+AdamW takes its fused form, as Apex's is; a weight's gradient is added to the accumulated one by the
+product that makes it, as Apex's extension does; and a collective of one rank into its own input is
+left out, where gloo would copy it. All points:
 
 | point                                                | stands in for it                         |
 |------------------------------------------------------|------------------------------------------|
@@ -19,6 +20,7 @@ out, where gloo would copy it. All points:
 | `param.type() == "torch.cuda.FloatTensor"` constants | "torch.FloatTensor" (same for half, bf16)|
 | `.cuda()` of a loss scale that is loaded             | nothing to do                            |
 | torch.optim.AdamW                                    | the same with fused=True                 |
+| fused_weight_gradient_mlp_cuda                       | `addmm_` into the accumulated gradient   |
 | reduce-scatter, all-gather of buffers of one rank    | nothing to do                            |
 """
 
@@ -29,6 +31,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,6 +61,7 @@ def adapt(device: str = "cpu") -> None:
     _rebind_rng()
     _swap_tensor_types()
     _load_loss_scale_in_place()
+    _accumulate_gradients_in_products()
     _leave_out_copies()
 
 
@@ -221,6 +225,23 @@ def _load_loss_scale_in_place() -> None:
         self._hysteresis_tracker = state_dict["hysteresis_tracker"]
 
     DynamicGradScaler.load_state_dict = load_state_dict
+
+
+def _accumulate_gradients_in_products() -> None:
+    from megatron.core.tensor_parallel import layers
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+        wgrad_gemm_accum_fp32=_add_weight_gradient
+    )
+    layers._grad_accum_fusion_available = True
+
+
+def _add_weight_gradient(inputs: torch.Tensor, gradient: torch.Tensor, total: torch.Tensor) -> None:
+    """Add gradientᵀ · inputs, of [tokens, out] and [tokens, in], to total [out, in] in fp32."""
+    if inputs.dtype == total.dtype:
+        total.addmm_(gradient.t(), inputs)
+    else:
+        total.add_(gradient.t() @ inputs)
 
 
 def _leave_out_copies() -> None:

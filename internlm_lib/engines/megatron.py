@@ -23,6 +23,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -159,6 +160,7 @@ class MegatronEngine:
 def _data_parallel(
     chunk: GPTModel, layout: Layout, training: TrainingSection, *, first: bool
 ) -> DistributedDataParallel:
+    _accumulate_gradients_in_products(chunk)
     return DistributedDataParallel(
         config=chunk.config,
         # One per chunk: megatron writes the bucket size it chooses into it.
@@ -172,6 +174,17 @@ def _data_parallel(
         # Of later chunks communication is hidden as a whole, as Megatron-LM has it.
         disable_bucketing=not first,
     )
+
+
+def _accumulate_gradients_in_products(chunk: GPTModel) -> None:
+    """Where there is a kernel for it (Apex's, the CPU's stand-in): saves a pass over each weight.
+
+    Not by the model's configuration: megatron's DistributedDataParallel gives weights the
+    `main_grad` that is added to, DeepSpeed does not.
+    """
+    for module in chunk.modules():
+        if hasattr(module, "gradient_accumulation_fusion"):
+            module.gradient_accumulation_fusion = layers._grad_accum_fusion_available
 
 
 def _optimizer_config(

@@ -13,6 +13,10 @@ from internlm_lib.devices.base import Device, check_world_size
 from internlm_lib.devices.cpu import CpuDevice
 from internlm_lib.errors import InputError
 
+TOLERANCE = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+}
 SHAPES: dict[str, tuple[Any, ...]] = {
     "tensor": ([1.0, 2.0],), "full": ((2,), 7.0), "arange": (2,), "randint": (0, 5, (2,)),
     **{name: (2,) for name in ("zeros", "ones", "empty", "rand", "randn")},
@@ -245,6 +249,17 @@ def test_no_cuda_tensor_type_is_left_in_megatrons_code() -> None:
     constants = {text for code in code_of_megatron() for text in strings(code)}
     assert {"torch.FloatTensor", "torch.HalfTensor", "torch.BFloat16Tensor"} <= constants
     assert not {c for c in constants if c in cpu_megatron._CPU_TENSOR_TYPES}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weights_gradient_is_added_to_what_is_there(dtype: torch.dtype) -> None:
+    from megatron.core.tensor_parallel import layers
+
+    inputs, gradient = torch.randn(6, 3).to(dtype), torch.randn(6, 4).to(dtype)
+    total = torch.ones(4, 3)
+    layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(inputs, gradient, total)
+    expected = 1 + gradient.double().t() @ inputs.double()
+    torch.testing.assert_close(total.double(), expected, **TOLERANCE[dtype])
 
 
 def test_type_names_are_swapped_at_any_depth() -> None:

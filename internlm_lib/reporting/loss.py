@@ -1,166 +1,340 @@
 """The statistics that hold two trainings' losses against each other, and their verdict."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from internlm_lib.errors import InputError, NotComparableError
-from internlm_lib.journal import events, training_steps
+from internlm_lib.reporting import interval
+from internlm_lib.reporting.identity import Fact, compare_identity, decisive, unknown
+from internlm_lib.reporting.interval import Estimate
+from internlm_lib.reporting.pairing import Pairing, pair
+from internlm_lib.reporting.training import Floats, LoggedTraining
 
-Floats = NDArray[np.float64]
-Verdict = Literal["pass", "fail", "not compared"]
+Verdict = Literal["pass", "fail", "inconclusive", "not-comparable"]
 
-IDENTITY_TAGS = ("config_sha256", "data_sha256", "weights_sha256")
-"""Hashes of a training's `start` event that must agree where both trainings have them."""
+CONFIDENCE = 0.95
+LATE_FRACTION = 0.2
+"""Share of the steps, the last ones, whose trend is looked at."""
 
-_LATE_FRACTION = 0.1
-
-
-@dataclass(frozen=True)
-class LoggedTraining:
-    """What a training's journal says: its newest `start` event and the steps in force."""
-
-    name: str
-    """For legends and tables, e.g. `candidate: megatron TP2 PP1 DP1 SP, cpu`."""
-    start: dict[str, Any]
-    steps: list[dict[str, Any]]
-
-    @property
-    def numbers(self) -> NDArray[np.int64]:
-        """Step numbers [n]."""
-        return np.array([step["step"] for step in self.steps], dtype=np.int64)
-
-    @property
-    def losses(self) -> Floats:
-        """Loss per step [n], nats per token; NaN where a step recorded none."""
-        values = [step["loss"] for step in self.steps]
-        return np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+_DRIFT_CONFIDENCE = 0.99
+"""A drift is extrapolated, so it must be surer than what is only reported."""
+_SMOOTHING = 100
+"""The error is averaged over 1/100 of the steps before it is said to have left the band."""
+_SUSPECT_CORRELATION = 0.3
+_MIN_STEPS_FOR_CORRELATION = 50
 
 
 @dataclass(frozen=True)
-class LossComparison:
-    """Differences of the candidate from the reference, step by step and in sum."""
+class Differences:
+    """One quantity of two trainings, step by step; steps without a sound value are left out."""
 
     steps: NDArray[np.int64]
     reference: Floats
     candidate: Floats
-    tolerance: float
-    """Mean relative error up to which the verdict is "pass"."""
-    broken: str
-    """Why no statistics exist: a loss that is NaN, infinite or zero; empty if all are sound."""
 
-    @property
-    def absolute_errors(self) -> Floats:
-        """|c - r| per step [n], nats per token."""
-        return np.abs(self.candidate - self.reference)
-
-    @property
-    def signed_errors(self) -> Floats:
+    @cached_property
+    def signed(self) -> Floats:
         """(c - r) / r per step [n]."""
         return (self.candidate - self.reference) / self.reference
 
-    @property
-    def relative_errors(self) -> Floats:
+    @cached_property
+    def relative(self) -> Floats:
         """|c - r| / r per step [n]."""
-        return np.abs(self.signed_errors)
+        return np.abs(self.signed)
+
+    @cached_property
+    def absolute(self) -> Floats:
+        """|c - r| per step [n], in the quantity's own unit."""
+        return np.abs(self.candidate - self.reference)
+
+    @cached_property
+    def smoothed(self) -> Floats:
+        """The signed error, averaged over neighbours in a window of 1/100 of the steps [n]."""
+        width = max(1, len(self.steps) // _SMOOTHING) | 1
+        total = np.concatenate([[0.0], np.cumsum(self.signed)])
+        places = np.arange(len(self.steps))
+        low = np.maximum(places - width // 2, 0)
+        high = np.minimum(places + width // 2 + 1, len(self.steps))
+        means: Floats = (total[high] - total[low]) / (high - low)
+        return means
+
+    @cached_property
+    def bias(self) -> Estimate:
+        """Mean signed error."""
+        return interval.mean(self.signed)
+
+    @cached_property
+    def late(self) -> Estimate:
+        """Trend of the signed error per step, over the last `LATE_FRACTION` of the steps."""
+        return interval.slope(self.signed[-self.late_steps :])
+
+    @property
+    def late_steps(self) -> int:
+        return max(1, round(LATE_FRACTION * len(self.steps)))
+
+    def statistics(self) -> dict[str, Any]:
+        """The numbers of this quantity as JSON; None where there are too few steps."""
+        if not len(self.steps):
+            return dict.fromkeys(_STATISTICS)
+        worst, farthest = int(self.relative.argmax()), int(self.absolute.argmax())
+        return {
+            "mean_relative_error": float(self.relative.mean()),
+            "max_relative_error": float(self.relative[worst]),
+            "max_relative_error_step": int(self.steps[worst]),
+            "max_absolute_error": float(self.absolute[farthest]),
+            "max_absolute_error_step": int(self.steps[farthest]),
+            "signed_mean": self.bias.value,
+            "signed_mean_ci95": _pair(self.bias.interval(CONFIDENCE)),
+            "detectable_bias": _number(self.bias.detectable(CONFIDENCE)),
+            "late_slope": _number(self.late.value),
+            "late_slope_ci95": _pair(self.late.interval(CONFIDENCE)),
+            "late_steps": self.late_steps,
+        }
+
+
+_STATISTICS = (
+    "mean_relative_error", "max_relative_error", "max_relative_error_step", "max_absolute_error",
+    "max_absolute_error_step", "signed_mean", "signed_mean_ci95", "detectable_bias", "late_slope",
+    "late_slope_ci95", "late_steps",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LossComparison:
+    """Differences of the candidate from the reference, and what follows from them."""
+
+    pairing: Pairing
+    facts: list[Fact]
+    loss: Differences
+    grad_norm: Differences
+    broken: str
+    """A loss that no relative error can be taken of: which, where, how many; empty if none."""
+    tolerance: float
+    """Up to it the mean relative error, and the whole interval of the bias, must lie."""
+    noise_floor: float | None
+    """Mean relative error between repeats on one device, if there are any."""
+    forced: bool
+    """Compare although the trainings are not the same experiment."""
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        return self.loss.steps
+
+    @cached_property
+    def judgement(self) -> tuple[Verdict, list[str]]:
+        """The verdict and its reasons, the decisive ones first."""
+        if (why := decisive(self.facts)) and not self.forced:
+            return "not-comparable", why
+        verdict, reasons = _judge(self)
+        return verdict, [*reasons, *why, *self._remarks()]
 
     @property
     def verdict(self) -> Verdict:
-        sound = not self.broken and self.statistics()["mean_relative_error"] <= self.tolerance
-        return "pass" if sound else "fail"
+        return self.judgement[0]
 
-    def statistics(self) -> dict[str, float]:
-        """All numbers of the comparison; NaN throughout if a loss is broken.
+    @property
+    def reasons(self) -> list[str]:
+        return self.judgement[1]
 
-        The first three are the predecessor's. The signed mean shows a bias, and the mean over the
-        last tenth of the steps a late drift, both of which a mean of absolute values can hide.
-        """
-        late = max(1, round(_LATE_FRACTION * len(self.steps)))
-        relative = self.relative_errors
-        values = {
-            "mean_relative_error": relative.mean(),
-            "max_relative_error": relative.max(),
-            "max_absolute_error": self.absolute_errors.max(),
-            "mean_signed_error": self.signed_errors.mean(),
-            "late_mean_relative_error": relative[-late:].mean(),
+    @property
+    def noise_ratio(self) -> float | None:
+        """Mean relative error by that between repeats on one device; near 1: no difference."""
+        if not self.noise_floor or not len(self.steps):
+            return None
+        return float(self.loss.relative.mean()) / self.noise_floor
+
+    @cached_property
+    def band_left_step(self) -> int | None:
+        """First step from which on the smoothed error stays outside the tolerance."""
+        inside = np.flatnonzero(np.abs(self.loss.smoothed) <= self.tolerance)
+        first = int(inside[-1]) + 1 if len(inside) else 0
+        return int(self.steps[first]) if first < len(self.steps) else None
+
+    @cached_property
+    def correlation(self) -> float | None:
+        """Of both losses' changes from step to step: the same batches move both alike."""
+        if len(self.steps) < _MIN_STEPS_FOR_CORRELATION:
+            return None
+        ours, theirs = np.diff(self.loss.reference), np.diff(self.loss.candidate)
+        if not ours.std() or not theirs.std():
+            return None
+        return float(np.corrcoef(ours, theirs)[0, 1])
+
+    def statistics(self) -> dict[str, Any]:
+        """All numbers of the comparison as JSON; None where there are too few steps."""
+        return {
+            "steps": len(self.steps),
+            **self.loss.statistics(),
+            "band_left_step": self.band_left_step,
+            "steps_outside": int((self.loss.relative > self.tolerance).sum()),
+            "noise_floor": self.noise_floor,
+            "noise_ratio": self.noise_ratio,
+            "correlation": self.correlation,
         }
-        return {name: np.nan if self.broken else float(value) for name, value in values.items()}
 
-
-def read_training(journal: Path, name: str) -> LoggedTraining:
-    """Read a training's journal; `name` says which one it is, e.g. "candidate".
-
-    Raises InputError if it holds no start or no step.
-    """
-    starts, steps = events(journal, "start"), training_steps(journal)
-    if not starts or not steps:
-        raise InputError(
-            f"{journal}: the {name} training recorded no step; run notebooks/03_train.ipynb again "
-            f"and see {journal.parent / 'logs'} if it fails"
-        )
-    start = starts[-1]
-    return LoggedTraining(f"{name}: {start['layout']}, {start['device']}", start, steps)
+    def _remarks(self) -> list[str]:
+        """What does not decide, and what a reader must know."""
+        remarks = list(self.pairing.notes)
+        if trusted := unknown(self.facts):
+            remarks.append(f"taken on trust, as not both sides recorded it: {', '.join(trusted)}")
+        bias = self.loss.bias
+        if bias.freedom and bias.excludes_zero(CONFIDENCE) and not self.broken:
+            side = "above" if bias.value > 0 else "below"
+            remarks.append(
+                f"the candidate lies {side} the reference by {abs(bias.value):.2g} on average, "
+                f"and that is no chance (95 % interval {_range(bias.interval(CONFIDENCE))})"
+            )
+        outside = int((self.loss.relative > self.tolerance).sum())
+        if outside and self.band_left_step is None:
+            remarks.append(
+                f"{outside} of {len(self.steps)} steps leave the tolerance and come back; the "
+                f"largest error is {self.loss.relative.max():.2g} at step "
+                f"{self.steps[self.loss.relative.argmax()]}"
+            )
+        return remarks
 
 
 def compare_losses(
-    reference: LoggedTraining, candidate: LoggedTraining, tolerance: float
+    reference: LoggedTraining,
+    candidate: LoggedTraining,
+    tolerance: float,
+    *,
+    repeats: Sequence[LoggedTraining] = (),
+    force: bool = False,
 ) -> LossComparison:
-    """Raises NotComparableError, listing why, if these are not two runs of one experiment."""
-    if differences := find_differences(reference, candidate):
-        raise NotComparableError(
-            "these two trainings are not the same experiment, so their losses say nothing about "
-            "each other; train both from one params file, data and weights:\n  - "
-            + "\n  - ".join(differences)
-        )
-    problems = [*_broken_losses("reference", reference), *_broken_losses("candidate", candidate)]
+    """Hold a candidate's losses against a reference's.
+
+    Args:
+        repeats: trainings of the same experiment on one device, two or more: the noise floor.
+        force: give a verdict on the losses although the experiments differ.
+    Raises:
+        NotComparableError: the trainings have no step in common.
+    """
+    pairing = pair(reference, candidate)
     return LossComparison(
-        steps=candidate.numbers,
-        reference=reference.losses,
-        candidate=candidate.losses,
+        pairing=pairing,
+        facts=compare_identity(reference, candidate),
+        loss=_differences(pairing, "loss"),
+        grad_norm=_differences(pairing, "grad_norm"),
+        broken=_broken(pairing),
         tolerance=tolerance,
-        broken="; ".join(problems),
+        noise_floor=noise_floor(repeats),
+        forced=force,
     )
 
 
-def find_differences(reference: LoggedTraining, candidate: LoggedTraining) -> list[str]:
-    """What keeps two trainings from being compared, one line each; empty if nothing does."""
-    differences = []
-    for key in ("tokens_per_step", "train_iters"):
-        differences += _difference(key, reference.start.get(key), candidate.start.get(key))
-    ours, theirs = reference.start.get("tags", {}), candidate.start.get("tags", {})
-    for tag in IDENTITY_TAGS:
-        if tag in ours and tag in theirs:
-            differences += _difference(tag, ours[tag], theirs[tag])
-    if not np.array_equal(reference.numbers, candidate.numbers):
-        differences += [
-            f"steps: {_span('reference', reference)}, {_span('candidate', candidate)}; "
-            "finish the shorter training (03_train)"
+def noise_floor(repeats: Sequence[LoggedTraining]) -> float | None:
+    """Mean over all pairs of repeats of their mean relative error; None below two repeats."""
+    pairs = [_differences(pair(one, other), "loss") for one, other in combinations(repeats, 2)]
+    return float(np.mean([found.relative.mean() for found in pairs])) if pairs else None
+
+
+def _judge(comparison: LossComparison) -> tuple[Verdict, list[str]]:
+    """The verdict on losses that may be compared, and what decided it."""
+    if comparison.broken:
+        return "fail", [comparison.broken]
+    loss, tolerance = comparison.loss, comparison.tolerance
+    if not len(loss.steps):
+        return "inconclusive", ["no step has a loss in both trainings"]
+    mean, bias = float(loss.relative.mean()), loss.bias
+    low, high = bias.interval(CONFIDENCE)
+    if mean > tolerance and _order_differs(comparison):
+        return "not-comparable", [
+            f"the losses do not move together from step to step (correlation "
+            f"{comparison.correlation:.2f}): the order of the data differs, and their mean "
+            f"relative error of {mean:.2g} says nothing"
         ]
-    return differences
+    failures = []
+    if mean > tolerance:
+        failures.append(f"the mean relative error {mean:.3g} is above the tolerance {tolerance:g}")
+    if low > tolerance or high < -tolerance:
+        failures.append(
+            f"the bias is outside the tolerance: {bias.value:.3g}, 95 % interval "
+            f"{_range((low, high))}"
+        )
+    if (left := comparison.band_left_step) is not None and not failures:
+        failures.append(f"from step {left} on the error stays outside the tolerance {tolerance:g}")
+    if failures:
+        return "fail", failures
+    return _equivalence(comparison, low, high)
 
 
-def _difference(key: str, reference: Any, candidate: Any) -> list[str]:
-    if reference == candidate:
-        return []
-    return [f"{key}: reference {reference}, candidate {candidate}"]
-
-
-def _span(name: str, training: LoggedTraining) -> str:
-    numbers = training.numbers
-    return f"{name} has {len(numbers)} ({numbers[0]} to {numbers[-1]})"
-
-
-def _broken_losses(name: str, training: LoggedTraining) -> list[str]:
-    """A sentence about the first loss that no relative error can be taken of, if any."""
-    losses = training.losses
-    bad = np.flatnonzero(~np.isfinite(losses) | (losses == 0))
-    if not len(bad):
-        return []
-    first = bad[0]
-    return [
-        f"the {name}'s loss is {losses[first]:g} at step {training.numbers[first]} "
-        f"({len(bad)} of {len(losses)} steps are NaN, infinite or zero)"
+def _equivalence(comparison: LossComparison, low: float, high: float) -> tuple[Verdict, list[str]]:
+    """Whether the data suffice to say that a comparison without a failure is a pass."""
+    loss, tolerance = comparison.loss, comparison.tolerance
+    if not loss.bias.freedom:
+        few = f"{len(loss.steps)} steps are too few for an interval of the bias"
+        return "inconclusive", [f"{few}; {interval.MIN_POINTS} are needed"]
+    if low < -tolerance or high > tolerance:
+        return "inconclusive", [
+            f"the bias is not known well enough: its 95 % interval {_range((low, high))} reaches "
+            f"beyond the tolerance {tolerance:g}; compare more steps"
+        ]
+    if (ahead := _steps_to_tolerance(loss, tolerance)) is not None:
+        return "inconclusive", [
+            f"the error drifts over the last {loss.late_steps} steps ({loss.late.value:.2g} per "
+            f"step), and would leave the tolerance after {ahead:,.0f} more; train longer"
+        ]
+    return "pass", [
+        f"mean relative error {loss.relative.mean():.3g} within {tolerance:g}; bias "
+        f"{loss.bias.value:.2g}, 95 % interval {_range((low, high))}; a bias of "
+        f"{loss.bias.detectable(CONFIDENCE):.2g} would have been seen"
     ]
+
+
+def _steps_to_tolerance(loss: Differences, tolerance: float) -> float | None:
+    """Steps after which a drift that is no chance leaves the tolerance, if as many as the training
+    had already are enough."""
+    drift = loss.late
+    if not drift.freedom or not drift.excludes_zero(_DRIFT_CONFIDENCE):
+        return None
+    level = float(loss.signed[-loss.late_steps :].mean()) + drift.value * loss.late_steps / 2
+    ahead = (math.copysign(tolerance, drift.value) - level) / drift.value
+    return ahead if ahead <= len(loss.steps) else None
+
+
+def _order_differs(comparison: LossComparison) -> bool:
+    """Whether the losses move on their own, and around each other: other batches, not a bias."""
+    correlation = comparison.correlation
+    low, high = comparison.loss.bias.interval(CONFIDENCE)
+    around = low <= 0 <= high or max(abs(low), abs(high)) <= comparison.tolerance
+    return correlation is not None and correlation < _SUSPECT_CORRELATION and around
+
+
+def _differences(pairing: Pairing, column: str) -> Differences:
+    ours, theirs = pairing.values(column)
+    sound = np.isfinite(ours) & np.isfinite(theirs) & (ours != 0)
+    return Differences(pairing.steps[sound], ours[sound], theirs[sound])
+
+
+def _broken(pairing: Pairing) -> str:
+    """Sentences about losses that are NaN, infinite or zero and were not skipped, if any."""
+    skipped = [values > 0 for values in pairing.values("skipped")]
+    parts = []
+    names = ("reference", "candidate")
+    for name, values, excused in zip(names, pairing.values("loss"), skipped, strict=True):
+        bad = np.flatnonzero((~np.isfinite(values) | (values == 0)) & ~excused)
+        if len(bad):
+            parts.append(
+                f"the {name}'s loss is {values[bad[0]]:g} at step {pairing.steps[bad[0]]} "
+                f"({len(bad)} of {len(values)} steps are NaN, infinite, zero or missing)"
+            )
+    return "; ".join(parts)
+
+
+def _range(pair: tuple[float, float]) -> str:
+    return f"{pair[0]:.2g} to {pair[1]:.2g}"
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _pair(values: tuple[float, float]) -> list[float] | None:
+    return list(values) if all(math.isfinite(value) for value in values) else None

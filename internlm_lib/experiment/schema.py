@@ -58,6 +58,12 @@ class ModelSection(Section):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """What parameters and FLOPs follow from, for records."""
+        names = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"}
+        return self.model_dump(include=names | {"vocab_size"})
+
 
 class DataSection(Section):
     train_path: Text | None = None
@@ -135,7 +141,11 @@ class ParallelSection(Section):
     reference: Layout | None = None
     """Layout of a second training from the same weights, to compare with; null trains once."""
     reference_run: Text | None = None
-    """Run whose candidate is the reference (the GPU run of an NPU run); instead of `reference`."""
+    """Training to compare with, instead of `reference`: a run's name (the GPU run of an NPU run),
+    an MLflow run id, or the path of a log file."""
+    candidate_run: Text | None = None
+    """Training that 04_compare takes for the candidate, instead of this run's own; named as
+    `reference_run` is."""
     distributed_timeout_minutes: Positive = 30.0
     """How long a collective may wait for a rank before the job fails, in minutes."""
 

@@ -21,8 +21,9 @@ Floats = NDArray[np.float64]
 MIN_POINTS = 4
 """Fewer points have no interval."""
 
-_FLATNESS = 0.9
-"""Cosines are used up to the frequency at which the spectrum has fallen to this share."""
+_FLATNESS = {1: 0.9, 2: 0.7}
+"""Cosines are used up to the frequency at which the spectrum has fallen to this share: less for a
+slope, which has only every second of them."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,16 @@ def slope(series: Floats) -> Estimate:
 def _cosine_count(series: Floats, every: int = 1) -> int:
     """How many cosines of a series see the same variance as its mean does.
 
-    The spectrum of an autoregression of order one falls to `_FLATNESS` of its height at the
-    frequency ω of 1 - cos ω = (1-ρ)²·(1/flatness - 1) / 2ρ; the j-th cosine has ω = πj/n. Never more
-    than √n / 2, as an autocorrelation near 0 says little about slow movements.
+    The spectrum of an autoregression of order one falls to a share of its height at the frequency
+    ω of 1 - cos ω = (1-ρ)²·(1/share - 1) / 2ρ; the j-th cosine has ω = πj/n. Never more than
+    √n / 2, as an autocorrelation near 0 says little about slow movements.
     """
     n = len(series)
     most = max(2, int(math.sqrt(n) / 2))
     rho = _autocorrelation(series)
     if rho <= 0:
         return most
-    turn = (1 - rho) ** 2 * (1 / _FLATNESS - 1) / (2 * rho)
+    turn = (1 - rho) ** 2 * (1 / _FLATNESS[every] - 1) / (2 * rho)
     low = n / math.pi * math.acos(max(-1.0, 1 - turn)) / every
     return int(min(most, max(1, low)))
 

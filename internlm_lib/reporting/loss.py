@@ -22,10 +22,11 @@ CONFIDENCE = 0.95
 LATE_FRACTION = 0.2
 """Share of the steps, the last ones, whose trend is looked at."""
 
-_DRIFT_CONFIDENCE = 0.99
+_DRIFT_CONFIDENCE = 0.975
 """A drift is extrapolated, so it must be surer than what is only reported."""
 _SMOOTHING = 100
 """The error is averaged over 1/100 of the steps before it is said to have left the band."""
+_STAYS_OUT = 20
 _SUSPECT_CORRELATION = 0.3
 _MIN_STEPS_FOR_CORRELATION = 50
 
@@ -151,10 +152,12 @@ class LossComparison:
 
     @cached_property
     def band_left_step(self) -> int | None:
-        """First step from which on the smoothed error stays outside the tolerance."""
+        """First step from which on the smoothed error stays outside the tolerance, to the end and
+        for 1/20 of the steps at least: the last ones may be outside by chance."""
         inside = np.flatnonzero(np.abs(self.loss.smoothed) <= self.tolerance)
         first = int(inside[-1]) + 1 if len(inside) else 0
-        return int(self.steps[first]) if first < len(self.steps) else None
+        outside = len(self.steps) - first
+        return int(self.steps[first]) if outside > len(self.steps) / _STAYS_OUT else None
 
     @cached_property
     def correlation(self) -> float | None:

@@ -60,7 +60,7 @@ def write_index(
         stages: status records, as `Stage.finish` returns them: `stage`, `status`, `seconds`,
             `result`.
     """
-    template = _environment().get_template("index.html.j2")
+    template = environment().get_template("index.html.j2")
     page = template.render(
         run=folder.name,
         headline=[*_flat(summary).items()] or headline(stages),
@@ -108,7 +108,8 @@ def notebook_to_html(notebook: Path) -> Path:
     return write_text(notebook.with_suffix(".html"), body)
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """jinja2 with the templates of this room and `number`, `format_number` as a filter."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -4,41 +4,119 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from internlm_lib.model.arithmetic import MODEL_FLOPS_CONVENTION
-from internlm_lib.reporting.loss import LoggedTraining
+from internlm_lib.experiment.schema import ModelSection
+from internlm_lib.model.arithmetic import (
+    CONVENTIONS,
+    MODEL_FLOPS_CONVENTION,
+    tflops_per_device,
+    training_flops_per_token,
+)
+from internlm_lib.published.peaks import mfu, peak_of
+from internlm_lib.reporting.training import Floats, LoggedTraining
 
 WARM_UP_FRACTION = 0.1
 """Share of the first steps that is left out: they pay for compilation, caches and allocation."""
 
-CONVENTION = (
-    f"Medians over the steps after the first {WARM_UP_FRACTION:.0%}; model TFLOPs count "
-    f"{MODEL_FLOPS_CONVENTION} (no recomputation); all per device, one process being one device."
-)
+CONFIDENCE = 0.95
+_BATCHES = 20
+_MIN_BATCHES = 4
+_NOT_PUBLISHED = "no peak is known of this device"
+
+SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size")
+"""Of a model, what its FLOPs follow from."""
 
 
-def throughput(training: LoggedTraining, role: str) -> dict[str, Any]:
-    """One table row; medians over the steps after warm-up, None for what was not recorded.
+def convention_text(convention: str = MODEL_FLOPS_CONVENTION) -> str:
+    """What the figures of a performance table are, in one sentence."""
+    return (
+        f"Medians over the steps after the first {WARM_UP_FRACTION:.0%}, without those whose time "
+        f"contains evaluation or saving; TFLOPs count {convention}; per device, one process being "
+        "one device."
+    )
 
-    Columns: `tokens_per_second_per_device` with its 5th and 95th percentile, `step_seconds`,
-    `model_tflops_per_device`, `peak_memory_bytes` (over all steps).
+
+CONVENTION = convention_text()
+
+
+def measured(training: LoggedTraining) -> NDArray[np.bool_]:
+    """Steps [n] that count for speed: after warm-up, timed, and containing nothing but the step."""
+    late = np.arange(len(training)) >= math.floor(WARM_UP_FRACTION * len(training))
+    timed = np.isfinite(rates(training))
+    found: NDArray[np.bool_] = late & timed & ~training.spoiled
+    return found
+
+
+def rates(training: LoggedTraining) -> Floats:
+    """Tokens per second and device of each step [n]; NaN where not known.
+
+    As recorded, else tokens per step by seconds per step and devices.
     """
-    steps = training.steps[math.floor(WARM_UP_FRACTION * len(training.steps)) :]
-    speeds = _values(steps, "tokens_per_second_per_device")
-    memory = _values(training.steps, "memory_bytes")
+    logged = training.column("tokens_per_second_per_device")
+    tokens, devices = training.start.get("tokens_per_step"), training.start.get("world_size")
+    if tokens is None or devices is None:
+        return logged
+    derived = tokens / (training.column("step_seconds") * devices)
+    return np.where(np.isfinite(logged), logged, derived)
+
+
+def performance(
+    training: LoggedTraining, role: str, convention: str = MODEL_FLOPS_CONVENTION
+) -> dict[str, Any]:
+    """One table row; medians over the steps of `measured`, None for what is not known.
+
+    Args:
+        convention: of `arithmetic.CONVENTIONS`.
+    Raises:
+        InputError: more FLOPs than the device's peak: a wrong device, count or convention.
+    """
+    start, counted = training.start, measured(training)
+    speed = _quantiles(rates(training)[counted])
+    seconds = _quantiles(training.column("step_seconds")[counted])
+    flops = _tflops(training, speed["median"], convention)
+    tokens, sequence = start.get("tokens_per_step"), start.get("seq_length")
+    samples = tokens / sequence / seconds["median"] if _all(tokens, sequence, seconds["median"]) else None
+    peak = peak_of(start.get("device_name") or "", start.get("precision") or "")
+    memory = training.column("memory_bytes")
     return {
         "role": role,
-        "layout": training.start["layout"],
-        "device": training.start["device_name"],
-        "devices": training.start["world_size"],
-        "steps": len(steps),
-        "tokens_per_second_per_device": _quantile(speeds, 0.5),
-        "tokens_per_second_p5": _quantile(speeds, 0.05),
-        "tokens_per_second_p95": _quantile(speeds, 0.95),
-        "step_seconds": _quantile(_values(steps, "step_seconds"), 0.5),
-        "model_tflops_per_device": _quantile(_values(steps, "model_tflops_per_device"), 0.5),
-        "peak_memory_bytes": int(max(memory)) if memory else None,
+        "layout": start["layout"],
+        "device": start.get("device_name"),
+        "devices": start.get("world_size"),
+        "steps": int(counted.sum()),
+        "left_out_as_warm_up": math.floor(WARM_UP_FRACTION * len(training)),
+        "left_out_as_spoiled": int(training.spoiled.sum()),
+        "samples_per_second": samples,
+        "samples_per_second_per_device": _over(samples, start.get("world_size")),
+        "tokens_per_second_per_device": speed["median"],
+        "tokens_per_second_p5": speed["p5"],
+        "tokens_per_second_p95": speed["p95"],
+        "step_seconds": seconds["median"],
+        "step_seconds_p5": seconds["p5"],
+        "step_seconds_p95": seconds["p95"],
+        "model_tflops_per_device": flops,
+        "flop_convention": convention,
+        "mfu": mfu(flops, peak, convention) if flops is not None and peak is not None else None,
+        "peak_tflops": peak.tflops if peak else None,
+        "peak_source": peak.source if peak else _NOT_PUBLISHED,
+        "peak_memory_bytes": int(np.nanmax(memory)) if np.isfinite(memory).any() else None,
     }
+
+
+def speed_ratio(reference: LoggedTraining, candidate: LoggedTraining) -> dict[str, Any]:
+    """Candidate ÷ reference in tokens per second and device; above 1 the candidate is faster.
+
+    Returns:
+        `ratio` of the medians, and `ratio_ci95`: Welch's interval of the logarithms of the medians
+        of twenty stretches of each training, so that a slow hour counts as one and not as many
+        steps. None where a speed, or enough steps, are missing.
+    """
+    ours, theirs = (rates(t)[measured(t)] for t in (reference, candidate))
+    if not len(ours) or not len(theirs):
+        return {"ratio": None, "ratio_ci95": None}
+    ratio = float(np.median(theirs) / np.median(ours))
+    return {"ratio": ratio, "ratio_ci95": _welch(_stretches(theirs), _stretches(ours))}
 
 
 TIME_PARTS = {
@@ -56,9 +134,9 @@ def step_times(training: LoggedTraining, role: str) -> dict[str, Any]:
     Columns: `role`, `layout`, `step_seconds`, those of `TIME_PARTS` (None where not recorded, as
     communication is on an accelerator) and `other_seconds`, the rest of the step.
     """
-    steps = training.steps[math.floor(WARM_UP_FRACTION * len(training.steps)) :]
-    whole = _quantile(_values(steps, "step_seconds"), 0.5)
-    parts = {name: _quantile(_values(steps, name), 0.5) for name in TIME_PARTS}
+    counted = measured(training)
+    whole = _quantiles(training.column("step_seconds")[counted])["median"]
+    parts = {n: _quantiles(training.column(n)[counted])["median"] for n in TIME_PARTS}
     known = sum(value for value in parts.values() if value is not None)
     return {
         "role": role,
@@ -70,17 +148,58 @@ def step_times(training: LoggedTraining, role: str) -> dict[str, Any]:
     }
 
 
-def throughput_ratio(reference: dict[str, Any], candidate: dict[str, Any]) -> float | None:
-    """Candidate ÷ reference in tokens per second and device; above 1 the candidate is faster."""
-    key = "tokens_per_second_per_device"
-    if not reference[key] or candidate[key] is None:
+def conventions(training: LoggedTraining) -> list[dict[str, Any]]:
+    """The same speed under every convention of FLOPs, one table row each; empty without a model."""
+    speed = _quantiles(rates(training)[measured(training)])["median"]
+    rows = ((name, _tflops(training, speed, name)) for name in CONVENTIONS)
+    return [{"convention": n, "tflops_per_device": v} for n, v in rows if v is not None]
+
+
+def _tflops(training: LoggedTraining, speed: float | None, convention: str) -> float | None:
+    """By the model's shape if the training tells it; else as it was recorded."""
+    shape, sequence = training.start.get("model") or {}, training.start.get("seq_length")
+    if speed is not None and _all(sequence, *(shape.get(name) for name in SHAPE)):
+        attention, recompute = CONVENTIONS[convention]
+        model = ModelSection.model_construct(**shape)
+        return tflops_per_device(
+            speed, training_flops_per_token(model, sequence, attention, recompute)
+        )
+    if convention != MODEL_FLOPS_CONVENTION:
         return None
-    return candidate[key] / reference[key]
+    return _quantiles(training.column("model_tflops_per_device")[measured(training)])["median"]
 
 
-def _values(steps: list[dict[str, Any]], key: str) -> list[float]:
-    return [step[key] for step in steps if step.get(key) is not None]
+def _stretches(values: Floats) -> Floats:
+    """Logarithms of the medians of contiguous parts of a series."""
+    count = min(_BATCHES, len(values) // 2)
+    parts = np.array_split(values, count) if count else []
+    return np.log([np.median(part) for part in parts])
 
 
-def _quantile(values: list[float], fraction: float) -> float | None:
-    return float(np.quantile(values, fraction)) if values else None
+def _welch(candidate: Floats, reference: Floats) -> list[float] | None:
+    from scipy import stats
+
+    if min(len(candidate), len(reference)) < _MIN_BATCHES:
+        return None
+    test = stats.ttest_ind(candidate, reference, equal_var=False)
+    low, high = test.confidence_interval(CONFIDENCE)
+    return [math.exp(low), math.exp(high)] if math.isfinite(low) else None
+
+
+def _quantiles(values: Floats) -> dict[str, float | None]:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {"median": None, "p5": None, "p95": None}
+    return {
+        name: float(np.quantile(values, fraction))
+        for name, fraction in (("median", 0.5), ("p5", 0.05), ("p95", 0.95))
+    }
+
+
+def _over(value: float | None, count: int | None) -> float | None:
+    return value / count if value is not None and count else None
+
+
+def _all(*values: Any) -> bool:
+    return all(value is not None for value in values)
+

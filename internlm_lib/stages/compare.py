@@ -1,35 +1,45 @@
 """Stage 04: does the candidate train like the reference, and how fast?
 
-The reference is this run's own reference training, or the candidate of `parallel.reference_run`.
-Without either there is no verdict, only the candidate's own curve and throughput.
+The reference is this run's own reference training, or what `parallel.reference_run` names; the
+candidate this run's own, or `parallel.candidate_run`. Without a reference there is no verdict, only
+the candidate's own curve and throughput. `internlm compare` takes the same steps without a run.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internlm_lib import provenance
-from internlm_lib.errors import MissingStageError, VerdictError
+from internlm_lib.errors import NotComparableError, VerdictError
 from internlm_lib.files import read_json
-from internlm_lib.reporting.loss import (
-    LoggedTraining,
-    LossComparison,
-    compare_losses,
-    read_training,
-)
-from internlm_lib.reporting.performance import throughput, throughput_ratio
-from internlm_lib.run_folder import RunFolder
-from internlm_lib.stages.stage import Stage
+from internlm_lib.model.arithmetic import MODEL_FLOPS_CONVENTION
+from internlm_lib.reporting import identity, performance
+from internlm_lib.reporting.loss import LossComparison, compare_losses
+from internlm_lib.reporting.sources import open_training
+from internlm_lib.reporting.training import LoggedTraining, read_training
+from internlm_lib.stages.stage import Record, Stage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NOT_COMPARED = "not compared"
 
 
 @dataclass(frozen=True)
 class Trainings:
+    """What is held against what, and how strictly."""
+
     candidate: LoggedTraining
     reference: LoggedTraining | None
+    tolerance: float
+    repeats: list[LoggedTraining] = field(default_factory=list)
+    """Trainings of one device, whose differences are the noise floor."""
+    force: bool = False
+    """Compare losses of different experiments."""
+    convention: str = MODEL_FLOPS_CONVENTION
+    command: str | None = None
+    """What compares them again; None for a stage's own."""
 
     @property
     def roles(self) -> dict[str, LoggedTraining]:
@@ -43,13 +53,33 @@ class Trainings:
         return [
             {
                 "training": training.name,
-                "steps": len(training.steps),
+                "read from": training.origin,
+                "steps": len(training),
                 "first_loss": float(training.losses[0]),
                 "last_loss": float(training.losses[-1]),
-                "tokens_per_step": training.start["tokens_per_step"],
+                "tokens_per_step": training.start.get("tokens_per_step"),
             }
             for training in self.roles.values()
         ]
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Performance of the trainings, and of one against the other."""
+
+    rows: list[dict[str, Any]]
+    ratio: dict[str, Any]
+    """`ratio` and `ratio_ci95`, None without a reference."""
+    unfair: list[str]
+    """What makes the ratio unfair."""
+
+    @property
+    def caption(self) -> str:
+        """How to read the table."""
+        text = performance.convention_text(self.rows[0]["flop_convention"])
+        if self.ratio["ratio"] is not None:
+            text += f" The candidate is {_ratio_text(self.ratio)} as fast as the reference."
+        return f"{text} Not like for like: {'; '.join(self.unfair)}." if self.unfair else text
 
 
 @dataclass(frozen=True)
@@ -67,82 +97,164 @@ def load_trainings(stage: Stage) -> Trainings:
 
     Raises MissingStageError if a training that the experiment asks for has not been made.
     """
-    journal = stage.needs(stage.folder.training("candidate").journal, "03_train")
-    reference = _reference_journal(stage)
+    settings = stage.experiment.parallel
     return Trainings(
-        candidate=read_training(journal, "candidate"),
-        reference=read_training(reference, "reference") if reference else None,
+        candidate=_named(stage, settings.candidate_run, "candidate")
+        or read_training(
+            stage.needs(stage.folder.training("candidate").journal, "03_train"), "candidate"
+        ),
+        reference=_named(stage, settings.reference_run, "reference") or _own_reference(stage),
+        tolerance=stage.experiment.evaluation.loss_tolerance,
     )
 
 
-def compare_loss(stage: Stage, trainings: Trainings) -> LossComparison | None:
+def compare_loss(record: Record, trainings: Trainings) -> LossComparison | None:
     """Statistics of the candidate's loss against the reference's; None without a reference.
 
-    Writes the losses and their errors per step as `tables/loss.csv`.
-
-    Raises NotComparableError if the two are not the same experiment.
+    Writes the losses and their errors per step as `tables/loss.csv`, the error as a curve, and what
+    the trainings were as `tables/identity.csv`.
     """
+    from internlm_lib.reporting.compare_figures import losses_rows
+
     if trainings.reference is None:
-        stage.table("loss", _own_loss_rows(trainings.candidate))
-        stage.tags({"compare/verdict": NOT_COMPARED})
+        record.table("loss", _own_loss_rows(trainings.candidate))
+        record.tags({"compare/verdict": NOT_COMPARED})
         return None
-    tolerance = stage.experiment.evaluation.loss_tolerance
-    comparison = compare_losses(trainings.reference, trainings.candidate, tolerance)
-    stage.table("loss", _loss_rows(comparison))
-    stage.metrics({f"compare/{name}": v for name, v in comparison.statistics().items()})
-    stage.tags({"compare/verdict": comparison.verdict, "compare/tolerance": str(tolerance)})
+    comparison = compare_losses(
+        trainings.reference, trainings.candidate, trainings.tolerance,
+        repeats=trainings.repeats, force=trainings.force,
+    )  # fmt: skip
+    record.table("loss", losses_rows(comparison))
+    record.table("identity", [fact.row for fact in comparison.facts])
+    numbers = {k: v for k, v in comparison.statistics().items() if isinstance(v, (int, float))}
+    record.metrics({f"compare/{name}": value for name, value in numbers.items()})
+    _record_curve(record, comparison)
+    tags = {"compare/verdict": comparison.verdict, "compare/tolerance": str(trainings.tolerance)}
+    record.tags(tags | {"compare/reasons": "; ".join(comparison.reasons)})
     return comparison
 
 
 def statistics_rows(comparison: LossComparison | None) -> list[dict[str, Any]]:
-    """The comparison's numbers as table rows; a single row saying so without a reference."""
+    """The comparison's numbers as table rows, of loss and gradient norm; a single row saying so
+    without a reference."""
     if comparison is None:
-        return [{"statistic": "verdict", "value": NOT_COMPARED}]
+        return [{"statistic": "verdict", "loss": NOT_COMPARED}]
+    loss, norm = comparison.statistics(), comparison.grad_norm.statistics()
     rows = [
-        {"statistic": name.replace("_", " "), "value": value}
-        for name, value in comparison.statistics().items()
+        {"statistic": name.replace("_", " "), "loss": value, "gradient norm": norm.get(name)}
+        for name, value in loss.items()
+        if value is not None
     ]
-    rows.append({"statistic": "tolerance of the mean", "value": comparison.tolerance})
-    return [*rows, {"statistic": "verdict", "value": comparison.verdict}]
+    rows.append({"statistic": "tolerance", "loss": comparison.tolerance})
+    return [*rows, {"statistic": "verdict", "loss": comparison.verdict}]
 
 
-def draw_loss(stage: Stage, trainings: Trainings, comparison: LossComparison | None) -> Path:
+def reasons_rows(comparison: LossComparison | None) -> list[dict[str, str]]:
+    """Why the verdict is what it is, one row each, the decisive ones first."""
+    return [{"reasons": reason} for reason in comparison.reasons] if comparison else []
+
+
+def identity_rows(comparison: LossComparison | None) -> list[dict[str, str]]:
+    """What the trainings were, side by side: first what differs, then what is unknown."""
+    order = ("decides", "differs", "unknown", "same")
+    facts = comparison.facts if comparison else []
+    return [fact.row for fact in sorted(facts, key=lambda fact: order.index(fact.finding))]
+
+
+def draw_loss(record: Record, trainings: Trainings, comparison: LossComparison | None) -> Path:
     """Draw the losses and the relative error, or the only loss; returns the PNG."""
-    from internlm_lib.reporting.figures import loss_comparison_figure, loss_figure
+    from internlm_lib.reporting.compare_figures import losses_figure
+    from internlm_lib.reporting.figures import loss_figure
 
-    if comparison is None or trainings.reference is None:
-        return stage.figure("loss", loss_figure(trainings.candidate))
-    figure = loss_comparison_figure(trainings.reference, trainings.candidate, comparison)
-    return stage.figure("loss", figure)
+    if comparison is None:
+        return record.figure("loss", loss_figure(trainings.candidate))
+    return record.figure("loss", losses_figure(comparison))
 
 
-def compare_throughput(stage: Stage, trainings: Trainings) -> list[dict[str, Any]]:
-    """Throughput rows, one per training, the candidate's with its ratio to the reference's."""
-    rows = [throughput(training, role) for role, training in trainings.roles.items()]
+def draw_signed_error(record: Record, comparison: LossComparison | None) -> Path | None:
+    """Draw the signed error with its mean, late trend and tolerance; returns the PNG."""
+    from internlm_lib.reporting import compare_figures as figures
+
+    return _draw(record, "signed_error", comparison, figures.signed_error_figure)
+
+
+def draw_histogram(record: Record, comparison: LossComparison | None) -> Path | None:
+    """Draw how the signed errors are distributed; returns the PNG."""
+    from internlm_lib.reporting import compare_figures as figures
+
+    return _draw(record, "error_histogram", comparison, figures.error_histogram)
+
+
+def draw_grad_norms(record: Record, comparison: LossComparison | None) -> Path | None:
+    """Draw the gradient norms and their relative error; returns the PNG."""
+    from internlm_lib.reporting import compare_figures as figures
+
+    return _draw(record, "grad_norm", comparison, figures.grad_norm_figure)
+
+
+def compare_speed(
+    record: Record, trainings: Trainings, comparison: LossComparison | None
+) -> Speeds:
+    """Performance rows, one per training, and the candidate's ratio to the reference.
+
+    Writes `tables/throughput.csv` and `tables/flop_conventions.csv`. Raises InputError if a
+    training would exceed its device's peak.
+    """
+    rows = [
+        performance.performance(training, role, trainings.convention)
+        for role, training in trainings.roles.items()
+    ]
+    ratio: dict[str, Any] = {"ratio": None, "ratio_ci95": None}
     if trainings.reference is not None:
-        rows[1]["ratio"] = throughput_ratio(*rows)
-    stage.table("throughput", rows)
-    values = {"tokens_per_second_per_device_ratio": rows[-1].get("ratio")}
+        ratio = performance.speed_ratio(trainings.reference, trainings.candidate)
+    record.table("throughput", rows)
+    record.table("flop_conventions", _convention_rows(trainings))
+    values = {"tokens_per_second_per_device_ratio": ratio["ratio"]}
     for row in rows:
         name = f"{row['role']}_tokens_per_second_per_device"
         values[name] = row["tokens_per_second_per_device"]
-    stage.metrics({f"compare/{name}": v for name, v in values.items() if v is not None})
-    return rows
+    record.metrics({f"compare/{name}": v for name, v in values.items() if v is not None})
+    unfair = identity.not_like_for_like(comparison.facts) if comparison else []
+    return Speeds(rows, ratio, unfair)
 
 
-def draw_throughput(stage: Stage, rows: list[dict[str, Any]]) -> Path:
+def draw_throughput(record: Record, speeds: Speeds) -> Path:
     """Draw the throughput bars; returns the PNG."""
     from internlm_lib.reporting.figures import throughput_figure
 
-    return stage.figure("throughput", throughput_figure(rows))
+    return record.figure("throughput", throughput_figure(speeds.rows))
 
 
-def layout_parity(stage: Stage) -> LayoutParity:
+def draw_step_times(record: Record, trainings: Trainings) -> Path:
+    """Draw the seconds of every step, what is left out in grey; returns the PNG."""
+    from internlm_lib.reporting.step_times import StepTimes, step_time_figure, step_time_rows
+
+    series = [
+        StepTimes(
+            training.name, role, training.steps, training.column("step_seconds"),
+            ~performance.measured(training),
+        )
+        for role, training in trainings.roles.items()
+    ]  # fmt: skip
+    record.table("step_times", step_time_rows(series))
+    return record.figure("step_times", step_time_figure(series))
+
+
+def draw_breakdown(record: Record, trainings: Trainings) -> Path:
+    """Draw where the time of a step went; returns the PNG."""
+    from internlm_lib.reporting.figures import step_times_figure
+
+    rows = [performance.step_times(t, role) for role, t in trainings.roles.items()]
+    record.table("breakdown", rows)
+    return record.figure("breakdown", step_times_figure(rows))
+
+
+def layout_parity(record: Record) -> LayoutParity:
     """What was last measured of the layouts, in any run; writes it as `tables/parity.csv`."""
-    if not stage.folder.parity.exists():
+    if not record.folder.parity.exists():
         todo = {"layouts": "not measured here", "to measure": "python benchmarks/parity.py"}
         return LayoutParity([todo], "")
-    found = read_json(stage.folder.parity)
+    found = read_json(record.folder.parity)
     rows = [
         {
             "layout": row["layout"],
@@ -152,8 +264,154 @@ def layout_parity(stage: Stage) -> LayoutParity:
         }
         for row in found["layouts"]
     ]
-    stage.table("parity", rows)
+    record.table("parity", rows)
     return LayoutParity(rows, _parity_origin(found))
+
+
+def write_report(
+    record: Record, trainings: Trainings, comparison: LossComparison | None, speeds: Speeds
+) -> Path:
+    """Write `reports/<run>/compare.html`, one file that needs nothing else; returns its path."""
+    from internlm_lib.reporting.compare_page import write_compare_page
+
+    path = write_compare_page(
+        record.folder,
+        trainings=trainings.roles,
+        comparison=comparison,
+        statistics=statistics_rows(comparison),
+        identity=identity_rows(comparison),
+        speeds=speeds.rows,
+        speed_ratio=speeds.ratio["ratio"],
+        speed_caption=speeds.caption,
+        published=published_rows(),
+        published_caption=PUBLISHED_CAPTION,
+        command=trainings.command or f"internlm run runs/{record.folder.name}/experiment.yaml "
+        "--only 04_compare --force",
+    )
+    record.artifact(path)
+    return path
+
+
+def summarize(
+    record: Record, comparison: LossComparison | None, speeds: Speeds
+) -> dict[str, Any]:
+    """The stage's result; statistics are None where there are none."""
+    found = comparison.statistics() if comparison else {}
+    return {
+        **{name: found.get(name) for name in _RESULT},
+        "verdict": comparison.verdict if comparison else NOT_COMPARED,
+        "tolerance": comparison.tolerance if comparison else None,
+        "reasons": comparison.reasons if comparison else [],
+        "performance": {row["role"]: row for row in speeds.rows} | speeds.ratio
+        | {"not_like_for_like": speeds.unfair},
+        "report": (record.folder.report / "compare.html")
+        .relative_to(record.folder.root)
+        .as_posix(),
+    }  # fmt: skip
+
+
+_RESULT = (
+    "steps", "mean_relative_error", "max_relative_error", "max_relative_error_step",
+    "max_absolute_error", "signed_mean", "signed_mean_ci95", "detectable_bias", "late_slope",
+    "late_slope_ci95", "band_left_step", "steps_outside", "noise_floor", "noise_ratio",
+    "correlation",
+)  # fmt: skip
+
+
+def check_verdict(result: Mapping[str, Any]) -> str:
+    """The verdict in one line.
+
+    Args:
+        result: of `summarize` or `run`; finish the stage with it first, since this may raise.
+    Raises:
+        VerdictError: the verdict is "fail".
+        NotComparableError: it is "inconclusive" or "not-comparable".
+    """
+    verdict = result["verdict"]
+    if verdict == NOT_COMPARED:
+        return (
+            "not compared: this run has no reference; set parallel.reference (a second layout) "
+            "or parallel.reference_run (another run)"
+        )
+    line = f"verdict: {verdict}; {'; '.join(result['reasons'][:3])}"
+    if verdict == "fail":
+        raise VerdictError(f"{line}; see {result['report']}")
+    if verdict == "pass":
+        return line
+    hint = "; to compare all the same: internlm compare --force"
+    raise NotComparableError(f"{line}{hint if verdict == 'not-comparable' else ''}")
+
+
+def run(stage: Stage) -> dict[str, Any]:
+    """All steps in order; returns the stage's result. `check_verdict` then turns it into an error
+    if it is not a pass."""
+    return compare(stage, load_trainings(stage))
+
+
+def compare(record: Record, trainings: Trainings) -> dict[str, Any]:
+    """All steps after the trainings are read; returns the result."""
+    comparison = compare_loss(record, trainings)
+    draw_loss(record, trainings, comparison)
+    for draw in (draw_signed_error, draw_histogram, draw_grad_norms):
+        draw(record, comparison)
+    speeds = compare_speed(record, trainings, comparison)
+    draw_throughput(record, speeds)
+    draw_step_times(record, trainings)
+    draw_breakdown(record, trainings)
+    layout_parity(record)
+    write_report(record, trainings, comparison, speeds)
+    return summarize(record, comparison, speeds)
+
+
+def _own_reference(stage: Stage) -> LoggedTraining | None:
+    journal = stage.folder.training("reference").journal
+    if stage.experiment.parallel.reference is not None:
+        return read_training(stage.needs(journal, "03_train"), "reference")
+    return read_training(journal, "reference") if journal.exists() else None
+
+
+def _named(stage: Stage, source: str | None, role: str) -> LoggedTraining | None:
+    if source is None:
+        return None
+    return open_training(
+        source, role, stage.folder.root, tracking_uri=stage.experiment.tracking.uri
+    )
+
+
+def _draw(
+    record: Record,
+    name: str,
+    comparison: LossComparison | None,
+    figure: "Callable[[LossComparison], Figure]",
+) -> Path | None:
+    return record.figure(name, figure(comparison)) if comparison else None
+
+
+_CURVE_POINTS = 2000
+
+
+def _record_curve(record: Record, comparison: LossComparison) -> None:
+    """The signed error as a curve in MLflow, with every extreme but no more points than it draws."""
+    from internlm_lib.reporting.decimation import decimate
+
+    steps, errors = decimate(comparison.steps, comparison.loss.signed, _CURVE_POINTS)
+    record.series("compare/signed_relative_error", steps.tolist(), errors.tolist())
+
+
+def _convention_rows(trainings: Trainings) -> list[dict[str, Any]]:
+    return [
+        {"role": role, **row}
+        for role, training in trainings.roles.items()
+        for row in performance.conventions(training)
+    ]
+
+
+def _ratio_text(ratio: Mapping[str, Any]) -> str:
+    text = f"{ratio['ratio']:.3g} times"
+    if ratio["ratio_ci95"]:
+        low, high = ratio["ratio_ci95"]
+        text += f" (95 % interval {low:.3g} to {high:.3g})"
+    return text
 
 
 def _parity_origin(found: Mapping[str, Any]) -> str:
@@ -170,88 +428,6 @@ def _parity_origin(found: Mapping[str, Any]) -> str:
     )
 
 
-def summarize(comparison: LossComparison | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The stage's result; statistics are None where there are none."""
-    result: dict[str, Any] = {
-        "mean_relative_error": None,
-        "max_relative_error": None,
-        "max_absolute_error": None,
-        "verdict": NOT_COMPARED,
-        "throughput_ratio": rows[-1].get("ratio"),
-    }
-    if comparison is not None:
-        statistics = comparison.statistics().items()
-        result |= {name: value if math.isfinite(value) else None for name, value in statistics}
-        result |= {"verdict": comparison.verdict, "tolerance": comparison.tolerance}
-        if comparison.broken:
-            result["reason"] = comparison.broken
-    return result
-
-
-def check_verdict(result: Mapping[str, Any]) -> str:
-    """The verdict in one line.
-
-    Args:
-        result: of `summarize` or `run`; finish the stage with it first, since this may raise.
-    Raises:
-        VerdictError: the verdict is "fail".
-    """
-    if result["verdict"] == NOT_COMPARED:
-        return (
-            "not compared: this run has no reference; set parallel.reference (a second layout) "
-            "or parallel.reference_run (another run)"
-        )
-    if result.get("reason"):
-        raise VerdictError(f"verdict: fail; {result['reason']}")
-    mean, tolerance = result["mean_relative_error"], result["tolerance"]
-    line = f"mean relative error of the loss {mean:.3g}, tolerance {tolerance:g}"
-    if result["verdict"] == "fail":
-        raise VerdictError(
-            f"verdict: fail; {line}; the figure's right half shows from which step on they part"
-        )
-    return f"pass: {line}"
-
-
-def run(stage: Stage) -> dict[str, Any]:
-    """All steps in order; returns the stage's result. `check_verdict` then turns it into an error
-    if it is a fail."""
-    trainings = load_trainings(stage)
-    comparison = compare_loss(stage, trainings)
-    draw_loss(stage, trainings, comparison)
-    rows = compare_throughput(stage, trainings)
-    draw_throughput(stage, rows)
-    layout_parity(stage)
-    return summarize(comparison, rows)
-
-
-def _reference_journal(stage: Stage) -> Path | None:
-    own = stage.folder.training("reference").journal
-    if stage.experiment.parallel.reference is not None:
-        return stage.needs(own, "03_train")
-    name = stage.experiment.parallel.reference_run
-    if name is None:
-        return own if own.exists() else None
-    other = RunFolder.of(name, stage.folder.root).training("candidate").journal
-    if not other.exists():
-        raise MissingStageError(
-            f"parallel.reference_run = {name!r}: {other.relative_to(stage.folder.root)} is "
-            "missing; train that run first, or copy its folder from the other machine into runs/"
-        )
-    return other
-
-
-def _loss_rows(comparison: LossComparison) -> list[dict[str, Any]]:
-    columns = zip(
-        comparison.steps.tolist(),
-        comparison.reference.tolist(),
-        comparison.candidate.tolist(),
-        comparison.signed_errors.tolist(),
-        strict=True,
-    )
-    names = ("step", "reference", "candidate", "signed_relative_error")
-    return [dict(zip(names, row, strict=True)) for row in columns]
-
-
 def _own_loss_rows(training: LoggedTraining) -> list[dict[str, Any]]:
-    pairs = zip(training.numbers.tolist(), training.losses.tolist(), strict=True)
+    pairs = zip(training.steps.tolist(), training.losses.tolist(), strict=True)
     return [{"step": step, "candidate": loss} for step, loss in pairs]

@@ -15,6 +15,7 @@ from typing import Any
 from internlm_lib import provenance
 from internlm_lib.experiment.schema import Experiment
 from internlm_lib.files import read_json, sha256_of, write_json
+from internlm_lib.reporting.sources import source_path
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.stages.stage import inputs_path, status_path
 
@@ -40,7 +41,9 @@ READS: dict[str, Reads] = {
         ("01_prepare", "02_convert"),
     ),
     "04_compare": Reads(
-        ("parallel.reference_run", "evaluation.loss_tolerance"), ("03_train",), parity=True
+        ("parallel.reference_run", "parallel.candidate_run", "evaluation.loss_tolerance"),
+        ("03_train",),
+        parity=True,
     ),
     "05_infer": Reads(("generation",), ("03_train",)),
     "06_evaluate": Reads(
@@ -106,8 +109,9 @@ def _files(reads: Reads, values: dict[str, Any], folder: RunFolder) -> Iterator[
         named = _at(values, key)
         if named and any(f"{key}.".startswith(f"{read}.") for read in reads.keys):
             yield folder.root / named
-    if "parallel.reference_run" in reads.keys and (run := values["parallel"]["reference_run"]):
-        yield RunFolder.of(run, folder.root).training("candidate").journal
+    for key in ("parallel.reference_run", "parallel.candidate_run"):
+        if key in reads.keys and (source := _at(values, key)):
+            yield source_path(source, folder.root)
     if reads.parity:
         yield folder.parity
 

@@ -25,12 +25,11 @@ STAGES = ("01_prepare", "02_convert", "03_train", "04_compare", "05_infer", "06_
 
 
 @dataclass
-class Stage:
-    """Handed from cell to cell of a notebook, and to a stage's `run()` by the command line."""
+class Record:
+    """Where the results of one piece of work are written down: numbers, tables, figures, its end."""
 
     name: str
     folder: RunFolder
-    experiment: Experiment
     journal: Journal
     tail: Tail
     started: float
@@ -38,6 +37,12 @@ class Stage:
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Record numbers of this stage, e.g. `{"compare/mean_relative_error": 3e-7}`."""
         self.journal.write("metrics", stage=self.name, values=dict(values), step=step)
+
+    def series(self, name: str, steps: Sequence[int], values: Sequence[float]) -> None:
+        """Record one metric's values at many steps, as a curve."""
+        self.journal.write(
+            "series", stage=self.name, name=name, steps=list(steps), values=list(values)
+        )
 
     def tags(self, values: Mapping[str, str]) -> None:
         self.journal.write("tags", stage=self.name, values=dict(values))
@@ -62,6 +67,24 @@ class Stage:
         self.artifact(*paths)
         return paths[0]
 
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the status file, close the stage in the journal and bring MLflow up to date."""
+        status = _write_status(self.folder, self.name, self.started, "done", result)
+        self.tail.stop()
+        return status
+
+    def fail(self, error: BaseException) -> None:
+        """Record that the stage ended in an error, or that its result did not pass its check."""
+        record_failure(self.folder, self.name, self.started, str(error))
+        Tail.start(self.folder).stop()
+
+
+@dataclass
+class Stage(Record):
+    """Handed from cell to cell of a notebook, and to a stage's `run()` by the command line."""
+
+    experiment: Experiment
+
     def needs(self, path: Path, made_by: str) -> Path:
         """`path`, or MissingStageError naming the stage that makes it."""
         if not path.exists():
@@ -78,17 +101,6 @@ class Stage:
         if status["status"] != "done":
             raise MissingStageError(f"{stage} of run {self.folder.name!r} did not finish; run it")
         return status["result"]
-
-    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the status file, close the stage in the journal and bring MLflow up to date."""
-        status = _write_status(self.folder, self.name, self.started, "done", result)
-        self.tail.stop()
-        return status
-
-    def fail(self, error: BaseException) -> None:
-        """Record that the stage ended in an error, or that its result did not pass its check."""
-        record_failure(self.folder, self.name, self.started, str(error))
-        Tail.start(self.folder).stop()
 
 
 def open_stage(name: str, parameters: Mapping[str, Any], root: Path | None = None) -> Stage:
@@ -107,18 +119,21 @@ def open_stage(name: str, parameters: Mapping[str, Any], root: Path | None = Non
 
 def begin_stage(name: str, folder: RunFolder, experiment: Experiment) -> Stage:
     save_experiment(folder.experiment, folder.name, experiment)
+    return Stage(**_begin(name, folder), experiment=experiment)
+
+
+def begin_record(name: str, folder: RunFolder) -> Record:
+    """Begin work that is no stage of an experiment; `experiment.yaml` of its run is written."""
+    return Record(**_begin(name, folder))
+
+
+def _begin(name: str, folder: RunFolder) -> dict[str, Any]:
     # What the stage made last time is about to be replaced: the pipeline must not trust it.
     inputs_path(folder, name).unlink(missing_ok=True)
-    stage = Stage(
-        name=name,
-        folder=folder,
-        experiment=experiment,
-        journal=Journal(folder.journal),
-        tail=Tail.start(folder),
-        started=time.time(),
-    )
-    _write_status(folder, name, stage.started, "running", {})
-    return stage
+    started = time.time()
+    journal, tail = Journal(folder.journal), Tail.start(folder)
+    _write_status(folder, name, started, "running", {})
+    return {"name": name, "folder": folder, "journal": journal, "tail": tail, "started": started}
 
 
 def record_failure(folder: RunFolder, name: str, started: float, error: str) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class StageReplay:
                 self._begin(event)
             elif kind == "stage":
                 self._end(event)
-            elif kind in ("metrics", "tags", "artifact"):
+            elif kind in ("metrics", "series", "tags", "artifact"):
                 self._record(event)
             self.session.advance(RUN_JOURNAL, offset)
             count += 1
@@ -133,6 +133,10 @@ class StageReplay:
         if event["event"] == "metrics":
             metrics, tags = as_metrics(event["values"], event["step"] or 0, event["time"])
             store.log(run_id, metrics, tags=tags)
+        elif event["event"] == "series":
+            pairs = zip(event["steps"], event["values"], strict=True)
+            points = (as_metrics({event["name"]: v}, n, event["time"])[0] for n, v in pairs)
+            store.log(run_id, [point for found in points for point in found])
         elif event["event"] == "tags":
             store.log(run_id, tags=event["values"])
         else:

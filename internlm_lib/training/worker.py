@@ -193,7 +193,13 @@ def _start(
         "predecessor_decay": experiment.optimizer.predecessor_decay,
         "train_iters": training.train_iters,
         "tokens_per_step": training.global_batch_size * training.seq_length,
+        "seq_length": training.seq_length,
+        "global_batch_size": training.global_batch_size,
+        "micro_batch_size": training.micro_batch_size,
         "parameters": parameter_count(experiment.model),
+        "model": experiment.model.shape,
+        "recompute": training.recompute_policy,
+        "packages": provenance.package_versions(),
         "recompute_layers": choice.layers if choice else None,
         "tags": {
             **hashes,

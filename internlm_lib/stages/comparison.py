@@ -1,0 +1,90 @@
+"""Two trainings from anywhere, compared without being stages of one experiment."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from internlm_lib.files import write_text
+from internlm_lib.model.arithmetic import MODEL_FLOPS_CONVENTION
+from internlm_lib.reporting.sources import open_training
+from internlm_lib.run_folder import RunFolder
+from internlm_lib.stages.compare import Trainings, compare
+from internlm_lib.stages.stage import begin_record
+
+_HEADER = "# A comparison, made by `internlm compare`; there is nothing here to train.\n"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is to be compared, and how."""
+
+    reference: str
+    """A run's name, an MLflow run id, or the path of a log (see `reporting.sources`)."""
+    candidate: str
+    run_name: str | None = None
+    """Where it is written: `reports/<run_name>/`; made of both names by default."""
+    tolerance: float = 0.02
+    repeats: Sequence[str] = ()
+    """Trainings of one device, two or more, whose differences are the noise floor."""
+    force: bool = False
+    convention: str = MODEL_FLOPS_CONVENTION
+    tracking_uri: str | None = None
+    tracking_experiment: str = "internlm"
+
+
+def compare_sources(comparison: Comparison, root: Path) -> dict[str, Any]:
+    """Compare, write the report and the record of it in the journal and in MLflow.
+
+    Returns:
+        The result, as of stage 04; `stages.compare.check_verdict` says what follows from it.
+    Raises:
+        InputError: a source is none, before anything is written.
+        NotComparableError: the trainings have no step in common.
+    """
+
+    def open_source(source: str, role: str) -> Any:
+        return open_training(source, role, root, tracking_uri=comparison.tracking_uri)
+
+    trainings = Trainings(
+        candidate=open_source(comparison.candidate, "candidate"),
+        reference=open_source(comparison.reference, "reference"),
+        tolerance=comparison.tolerance,
+        repeats=[open_source(source, "repeat") for source in comparison.repeats],
+        force=comparison.force,
+        convention=comparison.convention,
+    )
+    folder = RunFolder.of(comparison.run_name or _name(comparison), root)
+    write_text(folder.experiment, _HEADER + yaml.safe_dump(_described(comparison), sort_keys=False))
+    record = begin_record("04_compare", folder)
+    try:
+        result = compare(record, trainings)
+        record.finish(result)
+    except BaseException as error:
+        record.fail(error)
+        raise
+    return result
+
+
+def _described(comparison: Comparison) -> dict[str, Any]:
+    """What `experiment.yaml` of a comparison says."""
+    return {
+        "tracking": {"uri": comparison.tracking_uri, "experiment": comparison.tracking_experiment},
+        "comparison": {
+            "reference": comparison.reference,
+            "candidate": comparison.candidate,
+            "tolerance": comparison.tolerance,
+            "repeats": list(comparison.repeats),
+            "force": comparison.force,
+            "flop_convention": comparison.convention,
+        },
+    }
+
+
+def _name(comparison: Comparison) -> str:
+    parts = (comparison.candidate, comparison.reference)
+    names = [Path(part).name if Path(part).is_file() else part for part in parts]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-vs-".join(names)).strip("-._")[:100]

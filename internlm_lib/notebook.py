@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from internlm_lib.reporting.page import format_number
+from internlm_lib.reporting.html import format_number
 from internlm_lib.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -85,10 +85,12 @@ def show_settings(stage: Stage, sections: Sequence[str]) -> Table:
     return table(rows, caption=f"{stage.name} of run {stage.folder.name}")
 
 
-def figure(path: Path) -> "Image":
-    """A picture that a stage has drawn, embedded in the notebook."""
+def figure(path: Path | None) -> "Image | None":
+    """A picture that a stage has drawn, embedded in the notebook; nothing if it drew none."""
     from IPython.display import Image
 
+    if path is None:
+        return None
     return Image(filename=str(path), alt=path.stem.replace("_", " "))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from internlm_lib.experiment.schema import ROLES
 from internlm_lib.notebook import LiveLine
 from internlm_lib.pipeline import Event
-from internlm_lib.reporting.page import format_number
+from internlm_lib.reporting.html import format_number
 from internlm_lib.training.progress import TrainingProgress, clock
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ on request after saving. Heavy imports are inside the commands, so that `--help`
 
 import typer
 
-from internlm_lib.cli import checkpoints, machines, stages, tracking
+from internlm_lib.cli import checkpoints, comparison, machines, stages, tracking
 
 app = typer.Typer(
     help="Reproduce InternLM training on NPUs, GPUs or a plain CPU, and prove what came out.",
@@ -27,6 +27,7 @@ for command in (
     stages.infer,
     stages.evaluate,
     stages.compare_stage,
+    comparison.compare,
     checkpoints.convert,
     checkpoints.verify,
     tracking.ui,

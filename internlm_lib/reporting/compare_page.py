@@ -1,4 +1,4 @@
-"""`reports/<run>/compare.html`: the verdict of a comparison and all that it rests on, in one file."""
+"""`reports/<run>/compare.html`: a comparison's verdict and all that it rests on, in one file."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,8 @@ from typing import Any
 
 from internlm_lib import provenance
 from internlm_lib.files import write_text
+from internlm_lib.reporting.html import environment
 from internlm_lib.reporting.loss import LossComparison
-from internlm_lib.reporting.page import environment
 from internlm_lib.reporting.training import LoggedTraining
 from internlm_lib.run_folder import RunFolder
 
@@ -37,12 +37,12 @@ CAPTIONS = {
         "Throughput",
         "Median tokens per second and device; the line spans the 5th to the 95th percentile.",
     ),
-    "step_times": (
+    "step_seconds": (
         "Seconds per step",
         "Grey steps are left out of the speed: warm-up, evaluation or saving. Steps that grow "
         "slower over time point to the machine, single slow ones to data or other work.",
     ),
-    "breakdown": (
+    "step_times": (
         "Where the time of a step goes",
         "Waiting for data or for other ranks is what a faster device does not mend.",
     ),

@@ -1,13 +1,13 @@
 """Means and trends of series whose neighbours resemble each other, with intervals that keep what
 they claim.
 
-The difference of two trainings wanders: steps are no independent samples, and an interval that takes
-them for such is too narrow by a factor of three and more. The long-run variance is estimated from
-the lowest cosines of the series, each one an independent view of it, and Student's t with as many
-degrees of freedom as there are cosines (Lazarus, Lewis, Stock and Watson 2018, "HAR Inference",
-J. Business & Economic Statistics 36(4), the equal-weighted cosine test). How many are low enough
-follows from the series' own autocorrelation; block bootstraps of the same series raise false alarms
-in 9 to 16 % of cases at a nominal 5 %.
+The difference of two trainings wanders: steps are no independent samples, and an interval that
+takes them for such is too narrow by a factor of three and more. The long-run variance is estimated
+from the lowest cosines of the series, each one an independent view of it, and Student's t with as
+many degrees of freedom as there are cosines (Lazarus, Lewis, Stock and Watson 2018, "HAR
+Inference", J. Business & Economic Statistics 36(4), the equal-weighted cosine test). How many are
+low enough follows from the series' own autocorrelation; block bootstraps of the same series raise
+false alarms in 9 to 16 % of cases at a nominal 5 %.
 """
 
 import math
@@ -105,7 +105,7 @@ def _autocorrelation(series: Floats) -> float:
 
 
 def _long_run_variance(series: Floats, count: int, every: int = 1) -> float:
-    """Mean square of `count` cosine coefficients √(2/n) Σ y_t cos(πj(t-½)/n), j = every, 2·every …"""
+    """Mean square of `count` coefficients √(2/n) Σ y_t cos(πj(t-½)/n), j = every, 2·every …"""
     n = len(series)
     place = (np.arange(n) + 0.5) * (math.pi / n)
     squares = [float(series @ np.cos(j * place)) ** 2 for j in every * np.arange(1, count + 1)]

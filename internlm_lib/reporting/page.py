@@ -9,14 +9,12 @@ from typing import Any
 from internlm_lib import provenance
 from internlm_lib.files import write_text
 from internlm_lib.journal import events
-from internlm_lib.reporting.performance import CONVENTION
+from internlm_lib.reporting import compare_page
+from internlm_lib.reporting.html import TEMPLATES, environment
 from internlm_lib.run_folder import RunFolder
 
 CAPTIONS = {
-    "loss": "Loss per step. With two trainings, the dashed candidate lies on the reference if they "
-    "agree; the right half shows how far apart they are at each step, and the verdict asks whether "
-    "the mean (green) is below the dotted tolerance.",
-    "throughput": CONVENTION,
+    **{name: caption for name, (_, caption) in compare_page.CAPTIONS.items()},
     "accuracy_cloze": "Share of questions answered correctly, each option's text being scored as "
     "the answer; before training a model guesses (dotted line).",
     "accuracy_letter": "The same questions with the options listed, their letters being scored.",
@@ -26,7 +24,6 @@ CAPTIONS = {
 }
 """Figure's file name → what to look for; in the order of the page, before all others."""
 
-_TEMPLATES = Path(__file__).parent / "templates"
 _TABLE_ROWS = 30
 _TAGS = ("role", "engine", "layout", "device", "device_name", "precision", "world_size")
 
@@ -69,6 +66,7 @@ def write_index(
         pictures=_pictures(folder),
         tables=_tables(folder),
         trainings=_trainings(folder),
+        comparison=(folder.report / "compare.html").exists(),
         provenance=provenance.record(),
         experiment=_text(folder.experiment),
     )
@@ -103,33 +101,9 @@ def notebook_to_html(notebook: Path) -> Path:
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(embed_images=True)
-    exporter.raw_template = (_TEMPLATES / "notebook.html.j2").read_text(encoding="utf-8")
+    exporter.raw_template = (TEMPLATES / "notebook.html.j2").read_text(encoding="utf-8")
     body, _ = exporter.from_filename(str(notebook))
     return write_text(notebook.with_suffix(".html"), body)
-
-
-def environment() -> Any:
-    """jinja2 with the templates of this room and `number`, `format_number` as a filter."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = format_number
-    return environment
-
-
-def format_number(value: Any) -> str:
-    """Numbers as people read them: grouped thousands, four significant digits."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def _result(stages: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:

@@ -85,7 +85,7 @@ def _tokens(training: LoggedTraining) -> Floats | None:
     if np.isfinite(logged).all():
         return logged
     each = training.start.get("tokens_per_step")
-    return None if each is None else training.steps * float(each)
+    return None if each is None else training.steps.astype(np.float64) * each
 
 
 def _differ(reference: LoggedTraining, candidate: LoggedTraining) -> bool:

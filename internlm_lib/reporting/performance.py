@@ -76,7 +76,7 @@ def performance(
     seconds = _quantiles(training.column("step_seconds")[counted])
     flops = _tflops(training, speed["median"], convention)
     tokens, sequence = start.get("tokens_per_step"), start.get("seq_length")
-    samples = tokens / sequence / seconds["median"] if _all(tokens, sequence, seconds["median"]) else None
+    samples = _over(_over(tokens, sequence), seconds["median"])
     peak = peak_of(start.get("device_name") or "", start.get("precision") or "")
     memory = training.column("memory_bytes")
     return {
@@ -158,7 +158,8 @@ def conventions(training: LoggedTraining) -> list[dict[str, Any]]:
 def _tflops(training: LoggedTraining, speed: float | None, convention: str) -> float | None:
     """By the model's shape if the training tells it; else as it was recorded."""
     shape, sequence = training.start.get("model") or {}, training.start.get("seq_length")
-    if speed is not None and _all(sequence, *(shape.get(name) for name in SHAPE)):
+    known = all(shape.get(name) is not None for name in SHAPE)
+    if speed is not None and sequence is not None and known:
         attention, recompute = CONVENTIONS[convention]
         model = ModelSection.model_construct(**shape)
         return tflops_per_device(
@@ -196,10 +197,5 @@ def _quantiles(values: Floats) -> dict[str, float | None]:
     }
 
 
-def _over(value: float | None, count: int | None) -> float | None:
+def _over(value: float | None, count: float | None) -> float | None:
     return value / count if value is not None and count else None
-
-
-def _all(*values: Any) -> bool:
-    return all(value is not None for value in values)
-

@@ -15,8 +15,8 @@ from internlm_lib.journal import read_journal
 Floats = NDArray[np.float64]
 
 COLUMNS = (
-    "loss", "grad_norm", "lr", "step_seconds", "consumed_tokens", "global_batch_size",
-    "tokens_per_second_per_device", "model_tflops_per_device", "memory_bytes", "skipped", "data_seconds",
+    "loss", "grad_norm", "lr", "skipped", "consumed_tokens", "tokens_per_second_per_device",
+    "model_tflops_per_device", "memory_bytes", "step_seconds", "data_seconds",
     "forward_backward_seconds", "communication_seconds", "optimizer_seconds",
 )  # fmt: skip
 """Fields of `step` events that are read."""
@@ -119,7 +119,8 @@ class _Table:
         keep = len(self._steps)
         while keep and self._steps[keep - 1] >= first_step:
             keep -= 1
-        for column in (self._steps, self._spoiled, *self._columns.values()):
+        del self._steps[keep:], self._spoiled[keep:]
+        for column in self._columns.values():
             del column[keep:]
 
     def finish(self) -> tuple[NDArray[np.int64], dict[str, Floats], NDArray[np.bool_]]:

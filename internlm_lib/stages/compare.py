@@ -218,11 +218,12 @@ def compare_speed(
     return Speeds(rows, ratio, unfair)
 
 
-def draw_throughput(record: Record, speeds: Speeds) -> Path:
-    """Draw the throughput bars; returns the PNG."""
+def draw_throughput(record: Record, speeds: Speeds) -> Path | None:
+    """Draw the throughput bars; returns the PNG, None if no speed is known."""
     from internlm_lib.reporting.figures import throughput_figure
 
-    return record.figure("throughput", throughput_figure(speeds.rows))
+    known = [row for row in speeds.rows if row["tokens_per_second_per_device"] is not None]
+    return record.figure("throughput", throughput_figure(known)) if known else None
 
 
 def draw_step_times(record: Record, trainings: Trainings) -> Path:
@@ -236,17 +237,19 @@ def draw_step_times(record: Record, trainings: Trainings) -> Path:
         )
         for role, training in trainings.roles.items()
     ]  # fmt: skip
-    record.table("step_times", step_time_rows(series))
-    return record.figure("step_times", step_time_figure(series))
+    record.table("step_seconds", step_time_rows(series))
+    return record.figure("step_seconds", step_time_figure(series))
 
 
-def draw_breakdown(record: Record, trainings: Trainings) -> Path:
-    """Draw where the time of a step went; returns the PNG."""
+def draw_breakdown(record: Record, trainings: Trainings) -> Path | None:
+    """Draw where the time of a step went; returns the PNG, None if no training says (logs)."""
     from internlm_lib.reporting.figures import step_times_figure
 
     rows = [performance.step_times(t, role) for role, t in trainings.roles.items()]
-    record.table("breakdown", rows)
-    return record.figure("breakdown", step_times_figure(rows))
+    if all(row[part] is None for row in rows for part in performance.TIME_PARTS):
+        return None
+    record.table("step_times", rows)
+    return record.figure("step_times", step_times_figure(rows))
 
 
 def layout_parity(record: Record) -> LayoutParity:
@@ -285,16 +288,14 @@ def write_report(
         speed_caption=speeds.caption,
         published=published_rows(),
         published_caption=PUBLISHED_CAPTION,
-        command=trainings.command or f"internlm run runs/{record.folder.name}/experiment.yaml "
-        "--only 04_compare --force",
+        command=trainings.command
+        or f"internlm run runs/{record.folder.name}/experiment.yaml --only 04_compare --force",
     )
     record.artifact(path)
     return path
 
 
-def summarize(
-    record: Record, comparison: LossComparison | None, speeds: Speeds
-) -> dict[str, Any]:
+def summarize(record: Record, comparison: LossComparison | None, speeds: Speeds) -> dict[str, Any]:
     """The stage's result; statistics are None where there are none."""
     found = comparison.statistics() if comparison else {}
     return {
@@ -391,7 +392,7 @@ _CURVE_POINTS = 2000
 
 
 def _record_curve(record: Record, comparison: LossComparison) -> None:
-    """The signed error as a curve in MLflow, with every extreme but no more points than it draws."""
+    """The signed error as a curve in MLflow, with all extremes but no more points than it draws."""
     from internlm_lib.reporting.decimation import decimate
 
     steps, errors = decimate(comparison.steps, comparison.loss.signed, _CURVE_POINTS)

@@ -1,6 +1,7 @@
 """Two trainings from anywhere, compared without being stages of one experiment."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 import yaml
 
+from internlm_lib.errors import InputError
 from internlm_lib.files import write_text
-from internlm_lib.model.arithmetic import MODEL_FLOPS_CONVENTION
+from internlm_lib.model.arithmetic import CONVENTIONS, MODEL_FLOPS_CONVENTION
 from internlm_lib.reporting.sources import open_training
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.stages.compare import Trainings, compare
@@ -45,6 +47,12 @@ def compare_sources(comparison: Comparison, root: Path) -> dict[str, Any]:
         InputError: a source is none, before anything is written.
         NotComparableError: the trainings have no step in common.
     """
+    if comparison.convention not in CONVENTIONS:
+        raise InputError(f"--flops {comparison.convention!r}: allowed are {', '.join(CONVENTIONS)}")
+    if not comparison.tolerance > 0:
+        raise InputError(f"--tolerance {comparison.tolerance}: give a share above 0, e.g. 0.02")
+    if len(comparison.repeats) == 1:
+        raise InputError("--noise-floor: one repeat has no partner; give two or more, one each")
 
     def open_source(source: str, role: str) -> Any:
         return open_training(source, role, root, tracking_uri=comparison.tracking_uri)
@@ -56,6 +64,7 @@ def compare_sources(comparison: Comparison, root: Path) -> dict[str, Any]:
         repeats=[open_source(source, "repeat") for source in comparison.repeats],
         force=comparison.force,
         convention=comparison.convention,
+        command=_command(comparison),
     )
     folder = RunFolder.of(comparison.run_name or _name(comparison), root)
     write_text(folder.experiment, _HEADER + yaml.safe_dump(_described(comparison), sort_keys=False))
@@ -82,6 +91,21 @@ def _described(comparison: Comparison) -> dict[str, Any]:
             "flop_convention": comparison.convention,
         },
     }
+
+
+def _command(comparison: Comparison) -> str:
+    """What makes the same comparison again, in a shell."""
+    words = ["internlm", "compare", "--reference", comparison.reference]
+    words += ["--candidate", comparison.candidate, "--tolerance", f"{comparison.tolerance:g}"]
+    for source in comparison.repeats:
+        words += ["--noise-floor", source]
+    if comparison.force:
+        words.append("--force")
+    if comparison.convention != MODEL_FLOPS_CONVENTION:
+        words += ["--flops", comparison.convention]
+    if comparison.tracking_uri:
+        words += ["--tracking-uri", comparison.tracking_uri]
+    return shlex.join(words)
 
 
 def _name(comparison: Comparison) -> str:

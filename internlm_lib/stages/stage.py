@@ -26,7 +26,7 @@ STAGES = ("01_prepare", "02_convert", "03_train", "04_compare", "05_infer", "06_
 
 @dataclass
 class Record:
-    """Where the results of one piece of work are written down: numbers, tables, figures, its end."""
+    """Where the results of one piece of work are written down: numbers, tables, figures, end."""
 
     name: str
     folder: RunFolder

@@ -15,8 +15,8 @@ from internlm_lib.errors import KitError
 from internlm_lib.files import read_json
 from internlm_lib.journal import read_journal
 from internlm_lib.ranks.render import torchrun_lines
-from internlm_lib.reporting.loss import LoggedTraining, read_training
-from internlm_lib.reporting.performance import step_times, throughput
+from internlm_lib.reporting.performance import performance, step_times
+from internlm_lib.reporting.training import LoggedTraining, read_training
 from internlm_lib.stages.stage import Stage
 from internlm_lib.training.nodes import Nodes, plan_training
 from internlm_lib.training.profile import check_steps, slowest_operators
@@ -230,7 +230,7 @@ def _resources(training: LoggedTraining, journal: list[dict[str, Any]]) -> dict[
     return {
         "training": training.start["role"],
         "layout": training.start["layout"],
-        "peak_memory_mib": max(step["memory_bytes"] for step in training.steps) / MIB,
+        "peak_memory_mib": float(training.column("memory_bytes").max()) / MIB,
         "checkpoints": len(saved),
         "checkpoint_mib": saved[-1]["bytes"] / MIB if saved else None,
         "stall_seconds_per_checkpoint": median(e["stall_seconds"] for e in saved)
@@ -266,7 +266,7 @@ def _trainings(stage: Stage) -> dict[str, LoggedTraining]:
 
 def _numbers(training: LoggedTraining) -> dict[str, float]:
     """First and last loss in nats per token; the median rate over all devices together."""
-    row = throughput(training, training.start["role"])
+    row = performance(training, training.start["role"])
     return {
         "loss_first": float(training.losses[0]),
         "loss_last": float(training.losses[-1]),

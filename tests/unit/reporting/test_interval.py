@@ -24,7 +24,9 @@ def autoregressive(rho: float, length: int, seed: int = 7) -> np.ndarray:
 def test_the_mean_is_missed_as_rarely_as_claimed(rho):
     found = [interval.mean(series) for series in autoregressive(rho, 1000)]
     assert np.mean([estimate.excludes_zero() for estimate in found]) <= 0.08
-    assert np.mean([estimate.excludes_zero(0.5) for estimate in found]) == pytest.approx(0.5, abs=0.09)
+    assert np.mean([estimate.excludes_zero(0.5) for estimate in found]) == pytest.approx(
+        0.5, abs=0.09
+    )
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 0.8, 0.95])

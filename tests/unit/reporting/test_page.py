@@ -4,7 +4,8 @@ import nbformat
 import pytest
 
 from internlm_lib.reporting.figures import save_table
-from internlm_lib.reporting.page import format_number, headline, notebook_to_html, write_index
+from internlm_lib.reporting.html import format_number
+from internlm_lib.reporting.page import headline, notebook_to_html, write_index
 
 STAGES = [
     {"stage": "03_train", "status": "done", "seconds": 61.25,

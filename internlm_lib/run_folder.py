@@ -10,6 +10,11 @@ from internlm_lib.errors import InputError
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+def is_run_name(name: str) -> bool:
+    """Whether a run may have this name: it is a folder's."""
+    return _RUN_NAME.fullmatch(name) is not None
+
+
 def project_root() -> Path:
     """The folder that holds `params/`, `runs/` and `reports/`.
 
@@ -35,7 +40,7 @@ class RunFolder:
     @classmethod
     def of(cls, name: str, root: Path | None = None) -> "RunFolder":
         """Raises InputError if `name` cannot be a folder name."""
-        if not isinstance(name, str) or not _RUN_NAME.fullmatch(name):
+        if not isinstance(name, str) or not is_run_name(name):
             raise InputError(
                 f"run_name = {name!r}: letters, digits, '.', '_' and '-' are allowed, "
                 "at most 100, starting with a letter or digit; a bare number needs quotes"

@@ -8,7 +8,7 @@ from typing import Any
 from internlm_lib.errors import InputError
 from internlm_lib.experiment.schema import ROLES
 from internlm_lib.reporting.training import LoggedTraining, from_events
-from internlm_lib.run_folder import RunFolder
+from internlm_lib.run_folder import RunFolder, is_run_name
 
 
 def open_training(
@@ -62,14 +62,15 @@ def _events(
 def _journal(source: str, root: Path) -> Path | None:
     """The journal of a run of the kit, if the source names one that has been trained."""
     name, _, role = source.partition("/")
-    if role not in ("", *ROLES) or not (root / "runs" / name / "experiment.yaml").is_file():
+    if role not in ("", *ROLES) or not is_run_name(name):
         return None
     journal = RunFolder.of(name, root).training(role or "candidate").journal
     return journal if journal.exists() else None
 
 
 def _known(source: str, root: Path) -> str:
-    runs = sorted(path.parent.name for path in (root / "runs").glob("*/experiment.yaml"))
+    journals = (root / "runs").glob("*/training/candidate/journal.jsonl")
+    runs = sorted(journal.parents[2].name for journal in journals)
     near = difflib.get_close_matches(source, runs, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}runs here: {', '.join(runs) or 'none'}"

@@ -7,7 +7,7 @@ on request after saving. Heavy imports are inside the commands, so that `--help`
 
 import typer
 
-from internlm_lib.cli import checkpoints, comparison, machines, stages, tracking
+from internlm_lib.cli import checkpoints, comparison, machines, published, stages, tracking
 
 app = typer.Typer(
     help="Reproduce InternLM training on NPUs, GPUs or a plain CPU, and prove what came out.",
@@ -30,6 +30,7 @@ for command in (
     comparison.compare,
     checkpoints.convert,
     checkpoints.verify,
+    published.published,
     tracking.ui,
     tracking.sync,
 ):

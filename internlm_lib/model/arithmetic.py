@@ -103,6 +103,17 @@ def ascendspeed_flops_per_token(
     return 24 * passes * layers * h * h * terms
 
 
+def internevo_flops_per_token(model: ModelSection, seq_length: int) -> int:
+    """InternEvo's own counter without recomputation, for comparison with its published TFLOPs.
+
+    72·L·h² + 12·L·h·s + 6·V·h: full attention, and an MLP of 8h² whatever f is. With recomputation
+    (4 for 3 of everything but the vocabulary) it is `ascendspeed_flops_per_token`'s. Source:
+    InternLM/InternEvo, `get_megatron_flops`.
+    """
+    h, layers = model.hidden_size, model.num_layers
+    return 72 * layers * h * h + 12 * layers * h * seq_length + 6 * model.vocab_size * h
+
+
 def tflops_per_device(tokens_per_second_per_device: float, flops_per_token: float) -> float:
     return tokens_per_second_per_device * flops_per_token / 1e12
 

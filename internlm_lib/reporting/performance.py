@@ -7,13 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internlm_lib.experiment.schema import ModelSection
-from internlm_lib.model.arithmetic import (
-    CONVENTIONS,
-    MODEL_FLOPS_CONVENTION,
-    tflops_per_device,
-    training_flops_per_token,
-)
-from internlm_lib.published.peaks import mfu, peak_of
+from internlm_lib.model.arithmetic import MODEL_FLOPS_CONVENTION, tflops_per_device
+from internlm_lib.published import mfu, peak_candidates, peak_of
+from internlm_lib.reporting.published import FORMULAS, MODEL_FORMULAS
 from internlm_lib.reporting.training import Floats, LoggedTraining
 
 WARM_UP_FRACTION = 0.1
@@ -22,7 +18,6 @@ WARM_UP_FRACTION = 0.1
 CONFIDENCE = 0.95
 _BATCHES = 20
 _MIN_BATCHES = 4
-_NOT_PUBLISHED = "no peak is known of this device"
 
 SHAPE = ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size")
 """Of a model, what its FLOPs follow from."""
@@ -67,17 +62,16 @@ def performance(
     """One table row; medians over the steps of `measured`, None for what is not known.
 
     Args:
-        convention: of `arithmetic.CONVENTIONS`.
+        convention: of `published.FORMULAS`. One that counts recomputation gives `hfu` instead of
+            `mfu`, the hardware's FLOPs instead of the model's.
     Raises:
         InputError: more FLOPs than the device's peak: a wrong device, count or convention.
     """
     start, counted = training.start, measured(training)
     speed = _quantiles(rates(training)[counted])
     seconds = _quantiles(training.column("step_seconds")[counted])
-    flops = _tflops(training, speed["median"], convention)
     tokens, sequence = start.get("tokens_per_step"), start.get("seq_length")
     samples = _over(_over(tokens, sequence), seconds["median"])
-    peak = peak_of(start.get("device_name") or "", start.get("precision") or "")
     memory = training.column("memory_bytes")
     return {
         "role": role,
@@ -95,11 +89,9 @@ def performance(
         "step_seconds": seconds["median"],
         "step_seconds_p5": seconds["p5"],
         "step_seconds_p95": seconds["p95"],
-        "model_tflops_per_device": flops,
+        "tflops_per_device": _tflops(training, speed["median"], convention),
         "flop_convention": convention,
-        "mfu": mfu(flops, peak, convention) if flops is not None and peak is not None else None,
-        "peak_tflops": peak.tflops if peak else None,
-        "peak_source": peak.source if peak else _NOT_PUBLISHED,
+        **_utilisation(training, speed["median"], convention),
         "peak_memory_bytes": int(np.nanmax(memory)) if np.isfinite(memory).any() else None,
     }
 
@@ -151,23 +143,50 @@ def step_times(training: LoggedTraining, role: str) -> dict[str, Any]:
 def conventions(training: LoggedTraining) -> list[dict[str, Any]]:
     """The same speed under every convention of FLOPs, one table row each; empty without a model."""
     speed = _quantiles(rates(training)[measured(training)])["median"]
-    rows = ((name, _tflops(training, speed, name)) for name in CONVENTIONS)
+    rows = ((name, _tflops(training, speed, name)) for name in FORMULAS)
     return [{"convention": n, "tflops_per_device": v} for n, v in rows if v is not None]
 
 
 def _tflops(training: LoggedTraining, speed: float | None, convention: str) -> float | None:
     """By the model's shape if the training tells it; else as it was recorded."""
-    shape, sequence = training.start.get("model") or {}, training.start.get("seq_length")
-    known = all(shape.get(name) is not None for name in SHAPE)
-    if speed is not None and sequence is not None and known:
-        attention, recompute = CONVENTIONS[convention]
-        model = ModelSection.model_construct(**shape)
-        return tflops_per_device(
-            speed, training_flops_per_token(model, sequence, attention, recompute)
-        )
+    flops = _flops_per_token(training, convention)
+    if speed is not None and flops is not None:
+        return tflops_per_device(speed, flops)
     if convention != MODEL_FLOPS_CONVENTION:
         return None
     return _quantiles(training.column("model_tflops_per_device")[measured(training)])["median"]
+
+
+def _utilisation(
+    training: LoggedTraining, speed: float | None, convention: str
+) -> dict[str, float | str | None]:
+    """The share of the device's peak, and which peak that is."""
+    device, precision = training.start.get("device_name"), training.start.get("precision")
+    peak = peak_of(device or "", precision or "")
+    flops = _flops_per_token(training, convention)
+    share = None
+    if peak is not None and speed is not None and flops is not None:
+        share = mfu(speed, flops, peak)
+    return {
+        "mfu" if convention in MODEL_FORMULAS else "hfu": share,
+        "peak_tflops": peak.tflops if peak else None,
+        "peak_source": peak.source if peak else _no_peak(device or "", precision or ""),
+    }
+
+
+def _no_peak(device: str, precision: str) -> str:
+    candidates = peak_candidates(device, precision)
+    if not candidates:
+        return "no peak is known of this device in this precision"
+    names = ", ".join(f"{peak.device} {peak.tflops:g}" for peak in candidates)
+    return f"the name fits several devices: {names} TFLOPs"
+
+
+def _flops_per_token(training: LoggedTraining, convention: str) -> float | None:
+    shape, sequence = training.start.get("model") or {}, training.start.get("seq_length")
+    if sequence is None or any(shape.get(name) is None for name in SHAPE):
+        return None
+    return FORMULAS[convention](ModelSection.model_construct(**shape), sequence)
 
 
 def _stretches(values: Floats) -> Floats:

@@ -190,3 +190,29 @@ def _ratio(row: PublishedRow, speed: Span | None) -> float | None:
         return None
     reference = row_speed(throughput_row(row.reference))
     return speed.speed / reference.speed if reference is not None else None
+
+
+_INTERNEVO_ENDS = ("internevo-tp1-zero8-8", "internevo-tp1-zero8-1024")
+
+
+def beside_rows() -> list[dict[str, Any]]:
+    """What a comparison is shown beside: InternLM's own rows, and the best of each device, one
+    table row each; of InternEvo's scaling tables the ends of the row that scales best."""
+    return [
+        {
+            "row": row["name"],
+            "device": row["device"] or "not named",
+            "devices": row["devices"],
+            "tokens_per_second_per_device": row["derived"].get("tokens_per_second_per_device"),
+            "step_seconds": row["derived"].get("seconds_per_step"),
+            "tflops_as_printed": row["printed"].get("tflops_per_device"),
+            "which_are": (row["best_convention"] or {}).get("convention"),
+            "to_its_reference": row["ratio_to_reference"],
+            "contradictions": "; ".join(
+                f"{found['column'].replace('_', ' ')} {found['printed']} {found['why']}"
+                for found in row["contradictions"]
+            ),
+        }
+        for row in published_table()
+        if not row["name"].startswith("internevo") or row["name"] in _INTERNEVO_ENDS
+    ]

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOT_COMPARED = "not compared"
+PUBLISHED_CAPTION = (
+    "Published training speeds, each cell computed again from the rest of its row. Contradictions "
+    "name what is printed and what would fit; `internlm published` has all rows and sources."
+)
 
 
 @dataclass(frozen=True)
@@ -250,6 +254,13 @@ def draw_breakdown(record: Record, trainings: Trainings) -> Path | None:
         return None
     record.table("step_times", rows)
     return record.figure("step_times", step_times_figure(rows))
+
+
+def published_rows() -> list[dict[str, Any]]:
+    """Published speeds to hold one's own beside, one table row each."""
+    from internlm_lib.reporting.published import beside_rows
+
+    return beside_rows()
 
 
 def layout_parity(record: Record) -> LayoutParity:

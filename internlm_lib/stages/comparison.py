@@ -11,7 +11,8 @@ import yaml
 
 from internlm_lib.errors import InputError
 from internlm_lib.files import write_text
-from internlm_lib.model.arithmetic import CONVENTIONS, MODEL_FLOPS_CONVENTION
+from internlm_lib.model.arithmetic import MODEL_FLOPS_CONVENTION
+from internlm_lib.reporting.published import FORMULAS
 from internlm_lib.reporting.sources import open_training
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.stages.compare import Trainings, compare
@@ -47,8 +48,8 @@ def compare_sources(comparison: Comparison, root: Path) -> dict[str, Any]:
         InputError: a source is none, before anything is written.
         NotComparableError: the trainings have no step in common.
     """
-    if comparison.convention not in CONVENTIONS:
-        raise InputError(f"--flops {comparison.convention!r}: allowed are {', '.join(CONVENTIONS)}")
+    if comparison.convention not in FORMULAS:
+        raise InputError(f"--flops {comparison.convention!r}: allowed are {', '.join(FORMULAS)}")
     if not comparison.tolerance > 0:
         raise InputError(f"--tolerance {comparison.tolerance}: give a share above 0, e.g. 0.02")
     if len(comparison.repeats) == 1:

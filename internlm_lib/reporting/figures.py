@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-    from internlm_lib.reporting.loss import LoggedTraining, LossComparison
+    from internlm_lib.reporting.training import LoggedTraining
 
 BLACK, ORANGE, SKY_BLUE, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
@@ -50,6 +50,12 @@ class RoleStyle:
 # where the curves coincide, which is what a good comparison looks like.
 REFERENCE = RoleStyle(color=BLUE, linestyle="-", linewidth=2.8, hatch="")
 CANDIDATE = RoleStyle(color=VERMILION, linestyle="--", linewidth=1.5, hatch="///")
+
+
+def role_style(role: str) -> RoleStyle:
+    """The style of a training's role: `reference`, or any other."""
+    return REFERENCE if role == "reference" else CANDIDATE
+
 
 _TIME_STYLES = {
     "forward_backward_seconds": ("forward and backward", BLUE, ""),
@@ -121,49 +127,13 @@ def save_table(rows: "Sequence[Mapping[str, Any]] | DataFrame", path: Path) -> P
 @style()
 def loss_figure(candidate: "LoggedTraining", reference: "LoggedTraining | None" = None) -> "Figure":
     """Loss over steps."""
-    figure = _figure(7.0, 4.2)
+    figure = empty_figure(7.0, 4.2)
     axes = figure.subplots()
     if reference is not None:
-        axes.plot(reference.numbers, reference.losses, label=reference.name, **REFERENCE.line)
-    axes.plot(candidate.numbers, candidate.losses, label=candidate.name, **CANDIDATE.line)
-    _label(axes, "Training loss", "step", "loss (nats per token)")
+        axes.plot(reference.steps, reference.losses, label=reference.name, **REFERENCE.line)
+    axes.plot(candidate.steps, candidate.losses, label=candidate.name, **CANDIDATE.line)
+    label_axes(axes, "Training loss", "step", "loss (nats per token)")
     axes.legend()
-    return figure
-
-
-@style()
-def loss_comparison_figure(
-    reference: "LoggedTraining", candidate: "LoggedTraining", comparison: "LossComparison"
-) -> "Figure":
-    """Left: both losses over steps. Right: relative error over steps, with its limit."""
-    figure = _figure(12.0, 4.6)
-    left, right = figure.subplots(1, 2, sharex=True)
-    left.plot(comparison.steps, comparison.reference, label=reference.name, **REFERENCE.line)
-    left.plot(comparison.steps, comparison.candidate, label=candidate.name, **CANDIDATE.line)
-    _label(left, "Training loss", "step", "loss (nats per token)")
-    left.legend()
-    errors = comparison.relative_errors
-    # A log axis has no place for steps that agree to the last bit: the label counts them, and a
-    # marker shows a step between two of them, which a line alone would not.
-    visible = [error if error > 0 else float("nan") for error in errors]
-    equal = int((errors == 0).sum())
-    right.plot(
-        comparison.steps, visible, color=GREY, linestyle="-", linewidth=0.9, marker=".",
-        markersize=3, label=f"error (0 at {equal} of {len(errors)} steps)" if equal else "error",
-    )  # fmt: skip
-    mean = comparison.statistics()["mean_relative_error"]
-    if mean > 0:
-        text = f"mean {_percent(mean)}"
-        right.axhline(mean, color=GREEN, linestyle="-.", linewidth=1.8, label=text)
-    limit = f"tolerance {_percent(comparison.tolerance)}"
-    right.axhline(comparison.tolerance, color=BLACK, linestyle=":", linewidth=2.2, label=limit)
-    right.set_yscale("log")
-    if not (errors > 0).any():
-        right.set_ylim(comparison.tolerance / 1e6, comparison.tolerance * 10)
-    if comparison.broken or not errors.any():
-        _note(right, comparison.broken or "no difference at any step")
-    _label(right, "Relative error of the loss", "step", "|candidate - reference| / reference")
-    _legend_below(right)
     return figure
 
 
@@ -174,12 +144,12 @@ def schedule_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     Args:
         rows: `step`, `learning_rate`.
     """
-    figure = _figure(7.0, 3.0)
+    figure = empty_figure(7.0, 3.0)
     axes = figure.subplots()
     axes.plot([row["step"] for row in rows], [row["learning_rate"] for row in rows], color=BLACK)
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="scientific", scilimits=(0, 0), useMathText=True)
-    _label(axes, "Learning rate", "step", "learning rate")
+    label_axes(axes, "Learning rate", "step", "learning rate")
     return figure
 
 
@@ -190,10 +160,10 @@ def throughput_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     Args:
         rows: of `performance.throughput`.
     """
-    figure = _figure(8.0, 1.3 + 0.9 * len(rows))
+    figure = empty_figure(8.0, 1.3 + 0.9 * len(rows))
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        role = REFERENCE if row["role"] == "reference" else CANDIDATE
+        role = role_style(row["role"])
         speed = row["tokens_per_second_per_device"] or 0.0
         low, high = row["tokens_per_second_p5"] or 0.0, row["tokens_per_second_p95"] or 0.0
         axes.barh(place, speed, height=0.6, **role.bar)
@@ -208,7 +178,7 @@ def throughput_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     axes.margins(x=0.15)
     axes.set_xlim(left=0)
     unit = "tokens per second and device (median; line: p5 to p95)"
-    _label(axes, "Training throughput", unit, "")
+    label_axes(axes, "Training throughput", unit, "")
     return figure
 
 
@@ -219,7 +189,7 @@ def step_times_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     Args:
         rows: of `performance.step_times`.
     """
-    figure = _figure(8.0, 1.9 + 0.7 * len(rows))
+    figure = empty_figure(8.0, 1.9 + 0.7 * len(rows))
     axes = figure.subplots()
     for name, (label, color, hatch) in _TIME_STYLES.items():
         values = [row[name] or 0.0 for row in rows]
@@ -234,7 +204,7 @@ def step_times_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(left=0)
-    _label(axes, "Where the time of a step goes", "seconds per step (medians)", "")
+    label_axes(axes, "Where the time of a step goes", "seconds per step (medians)", "")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return figure
@@ -250,7 +220,7 @@ def accuracy_figure(
         rows: `subject`, `before`, `after`, accuracies in [0, 1]; `before` may be None.
         chance: accuracy of guessing, drawn as a line.
     """
-    figure = _figure(8.0, 1.7 + 0.55 * len(rows))
+    figure = empty_figure(8.0, 1.7 + 0.55 * len(rows))
     axes = figure.subplots()
     for shift, key, role in ((-0.2, "before", REFERENCE), (0.2, "after", CANDIDATE)):
         values = [row[key] for row in rows]
@@ -268,15 +238,15 @@ def accuracy_figure(
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
-    _label(axes, title, "questions answered correctly", "")
-    _legend_below(axes)
+    label_axes(axes, title, "questions answered correctly", "")
+    legend_below(axes)
     return figure
 
 
 @style()
 def length_histogram(lengths: Sequence[int], *, seq_length: int | None = None) -> "Figure":
     """Distribution of the documents' lengths in tokens; a line marks the training's samples."""
-    figure = _figure(7.0, 4.0)
+    figure = empty_figure(7.0, 4.0)
     axes = figure.subplots()
     values, counts = _distinct(lengths)
     if len(values) <= 60:  # one bar per length is exact; bins would show a comb of gaps
@@ -288,7 +258,7 @@ def length_histogram(lengths: Sequence[int], *, seq_length: int | None = None) -
             seq_length, color=VERMILION, linestyle="--", label=f"one sample: {seq_length} tokens"
         )
         axes.legend()
-    _label(axes, f"Length of {len(lengths):,} documents", "tokens per document", "documents")
+    label_axes(axes, f"Length of {len(lengths):,} documents", "tokens per document", "documents")
     return figure
 
 
@@ -298,34 +268,45 @@ def _parts_before(name: str) -> list[str]:
     return names[: names.index(name)]
 
 
-def _figure(width: float, height: float) -> "Figure":
+def empty_figure(width: float, height: float) -> "Figure":
     """An empty figure of that many inches in the kit's look."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _label(axes: "Axes", title: str, x: str, y: str) -> None:
+def label_axes(axes: "Axes", title: str, x: str, y: str) -> None:
+    """Title at the left, and what the axes count with its unit."""
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
 
 
-def _note(axes: "Axes", text: str) -> None:
+def write_note(axes: "Axes", text: str) -> None:
+    """A sentence in the middle of the axes, where there is nothing to draw."""
     text = textwrap.fill(text, 44)
     box = {"facecolor": "white", "edgecolor": "none"}
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", bbox=box)
 
 
-def _legend_below(axes: "Axes") -> None:
-    """A legend outside the data, where bars or dense curves leave no free corner."""
+def legend_below(axes: "Axes", columns: int | None = None) -> None:
+    """A legend outside the data, where bars or dense curves leave no free corner.
+
+    Args:
+        columns: as many as there are entries, if left out.
+    """
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(handles))
+        ncols = columns or len(handles)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=ncols)
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.3g} %"
+def percent(fraction: float) -> str:
+    """A share in percent with three digits; below 0.0001 % the fraction, as 3.4e-07."""
+    size = abs(fraction)
+    if 0 < size < 1e-6:
+        return f"{fraction:.2g}"
+    return f"{100 * fraction:,.0f} %" if size >= 10 else f"{100 * fraction:.3g} %"
 
 
 def _distinct(values: Sequence[int]) -> tuple[list[int], list[int]]:

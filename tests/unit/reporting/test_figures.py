@@ -1,50 +1,45 @@
-import math
-
+import numpy as np
 import pytest
 
 from internlm_lib.reporting import figures
-from internlm_lib.reporting.loss import compare_losses, read_training
+from internlm_lib.reporting.training import LoggedTraining
 
 
-@pytest.fixture
-def drawn(folder, write_training):
-    def draw(reference, candidate):
-        ours = read_training(write_training(folder, "reference", reference).journal, "reference")
-        other = read_training(write_training(folder, "candidate", candidate).journal, "candidate")
-        comparison = compare_losses(ours, other, tolerance=0.02)
-        return figures.loss_comparison_figure(ours, other, comparison)
-
-    return draw
+def training(role, losses):
+    steps, columns = np.arange(1, len(losses) + 1), {"loss": np.array(losses)}
+    return LoggedTraining(f"{role}: TP1, cpu", {}, steps, columns, np.zeros(len(steps), bool))
 
 
-def test_drawn_twice_gives_the_same_bytes_without_a_date(drawn, tmp_path):
-    losses = [3.0, 2.0, 1.0], [3.0, 2.1, 1.0]
-    png, svg = figures.save_figure(drawn(*losses), tmp_path / "v1.0")
+def drawn():
+    ours = training("reference", [3.0, 2.0, 1.0])
+    return figures.loss_figure(training("candidate", [3.0, 2.1, 1.0]), ours)
+
+
+def test_drawn_twice_gives_the_same_bytes_without_a_date(tmp_path):
+    png, svg = figures.save_figure(drawn(), tmp_path / "v1.0")
     assert (png.name, svg.name) == ("v1.0.png", "v1.0.svg")
     before = [png.read_bytes(), svg.read_bytes()]
-    figures.save_figure(drawn(*losses), tmp_path / "v1.0")
+    figures.save_figure(drawn(), tmp_path / "v1.0")
     assert [png.read_bytes(), svg.read_bytes()] == before
     assert b"<dc:date>" not in before[1]
 
 
-def test_roles_keep_their_line_in_every_figure(drawn):
-    left, right = drawn([3.0, 2.0], [3.0, 2.1]).axes
-    reference, candidate = left.lines
+def test_roles_keep_their_line_in_every_figure():
+    (axes,) = drawn().axes
+    reference, candidate = axes.lines
     assert (reference.get_color(), reference.get_linestyle()) == (figures.REFERENCE.color, "-")
     assert (candidate.get_color(), candidate.get_linestyle()) == (figures.CANDIDATE.color, "--")
-    assert list(candidate.get_ydata()) == [3.0, 2.1]
-    assert right.get_yscale() == "log"
-    assert right.lines[0].get_ydata()[1] == pytest.approx(0.05)
-    assert math.isnan(right.lines[0].get_ydata()[0])
+    assert candidate.get_xdata().tolist() == [1, 2, 3]
+    assert candidate.get_ydata().tolist() == [3.0, 2.1, 1.0]
 
 
-def test_equal_and_broken_curves_say_so(drawn, folder):
-    equal = drawn([3.0, 2.0], [3.0, 2.0])
-    assert [t.get_text() for t in equal.axes[1].texts] == ["no difference at any step"]
-    figures.save_figure(equal, folder.figures / "equal")
-    broken = drawn([3.0, 2.0], [3.0, math.nan])
-    assert "nan at step 2" in broken.axes[1].texts[0].get_text()
-    figures.save_figure(broken, folder.figures / "broken")
+@pytest.mark.parametrize(
+    ("fraction", "text"),
+    [(0.0, "0 %"), (0.003, "0.3 %"), (-0.12345, "-12.3 %"), (12.345, "1,234 %"), (1, "100 %"),
+     (2e-6, "0.0002 %"), (3.4e-7, "3.4e-07"), (-3.4e-7, "-3.4e-07")],
+)  # fmt: skip
+def test_percents_have_three_digits_and_tiny_ones_are_fractions(fraction, text):
+    assert figures.percent(fraction) == text
 
 
 def test_parts_of_a_step_lie_end_to_end_and_what_was_not_measured_is_left_out():

@@ -10,17 +10,16 @@ import numpy as np
 
 from internlm_lib.reporting.curves import (
     abscissa,
-    consumed_tokens,
     dense,
     draw,
     draw_smoothed,
     mark_gaps,
     plain_log_axis,
-    smoothing_width,
     spread,
     step_axis,
 )
-from internlm_lib.reporting.decimation import rolling_mean
+from internlm_lib.reporting.decimation import rolling_mean, smoothing_width
+from internlm_lib.reporting.differences import Differences
 from internlm_lib.reporting.figures import (
     BLACK,
     CANDIDATE,
@@ -35,7 +34,7 @@ from internlm_lib.reporting.figures import (
     style,
     write_note,
 )
-from internlm_lib.reporting.loss import Differences, LossComparison
+from internlm_lib.reporting.loss import LossComparison
 from internlm_lib.reporting.verdict_title import write_verdict
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def _rows(comparison: LossComparison, column: str, differences: Differences) -> 
 
     pairing = comparison.pairing
     reference, candidate = pairing.values(column)
-    tokens = {} if pairing.by == "step" else {"consumed_tokens": consumed_tokens(pairing)}
+    tokens = {} if pairing.by == "step" else {"consumed_tokens": pairing.tokens}
     return DataFrame(
         {
             "step": pairing.steps,

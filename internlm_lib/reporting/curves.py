@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from internlm_lib.reporting.decimation import BUCKETS, decimate, isolated, rolling_mean
+from internlm_lib.reporting.decimation import (
+    BUCKETS,
+    SMOOTHING,
+    decimate,
+    isolated,
+    rolling_mean,
+    smoothing_width,
+)
 from internlm_lib.reporting.figures import RoleStyle
 from internlm_lib.reporting.pairing import Pairing
 from internlm_lib.reporting.training import Floats
@@ -17,9 +24,7 @@ if TYPE_CHECKING:
 
 _FEW = 30
 """Up to so many steps each gets a marker."""
-_SMOOTHING = 100
-"""Smoothed curves are means over 1/100 of the steps."""
-_SMOOTH_BUCKETS = 2 * _SMOOTHING
+_SMOOTH_BUCKETS = 2 * SMOOTHING
 _TICKS = (1, 2, 2.5, 5, 10)
 _TOKEN_UNITS = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 
@@ -44,25 +49,11 @@ def abscissa(pairing: Pairing) -> Abscissa:
     """Steps, or the candidate's consumed tokens where those are what the trainings share."""
     if pairing.by == "step":
         return Abscissa(pairing.steps.astype(np.float64), "step")
-    tokens = consumed_tokens(pairing)
+    tokens = pairing.tokens
     for unit, name in _TOKEN_UNITS:
         if tokens[-1] >= 2 * unit:
             return Abscissa(tokens / unit, f"consumed tokens ({name})")
     return Abscissa(tokens, "consumed tokens")
-
-
-def consumed_tokens(pairing: Pairing) -> Floats:
-    """Tokens the candidate consumed up to each paired step [n]."""
-    training = pairing.candidate
-    logged = training.column("consumed_tokens")
-    if not np.isfinite(logged).all():
-        logged = training.steps.astype(np.float64) * training.start["tokens_per_step"]
-    return logged[pairing.rows]
-
-
-def smoothing_width(steps: int) -> int:
-    """Over how many neighbours a curve of so many steps is smoothed: odd; 1 is not at all."""
-    return max(1, steps // _SMOOTHING) | 1
 
 
 def draw(axes: "Axes", x: Floats, y: Floats, line: dict[str, Any], buckets: int = BUCKETS) -> None:

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 BUCKETS = 600
 """About one per pixel of a panel, so that what is left out lies within the line that is drawn."""
 
+SMOOTHING = 100
+"""Smoothed curves are means over 1/100 of the steps."""
+
 
 def decimate(x: NDArray[Any], y: NDArray[Any], buckets: int = BUCKETS) -> NDArray[np.int64]:
     """Rows of a curve to draw, rising; at most 4 per bucket.
@@ -41,6 +44,11 @@ def isolated(y: NDArray[Any]) -> NDArray[np.int64]:
     """Rows of finite values [n] between two gaps or ends: a line does not show them."""
     sound = np.concatenate([[False], np.isfinite(y), [False]])
     return np.flatnonzero(sound[1:-1] & ~sound[:-2] & ~sound[2:])
+
+
+def smoothing_width(steps: int) -> int:
+    """Over how many neighbours a curve of so many steps is smoothed: odd; 1 is not at all."""
+    return max(1, steps // SMOOTHING) | 1
 
 
 def rolling_mean(values: NDArray[Any], width: int) -> NDArray[np.float64]:

@@ -15,10 +15,11 @@ from internlm_lib.reporting.curves import (
     draw,
     grouped_axis,
     relative_axis,
-    smoothing_width,
     spread,
     step_axis,
 )
+from internlm_lib.reporting.decimation import smoothing_width
+from internlm_lib.reporting.differences import CONFIDENCE
 from internlm_lib.reporting.figures import (
     BLACK,
     GREEN,
@@ -33,7 +34,7 @@ from internlm_lib.reporting.figures import (
     style,
     write_note,
 )
-from internlm_lib.reporting.loss import CONFIDENCE, LossComparison
+from internlm_lib.reporting.loss import LossComparison
 from internlm_lib.reporting.training import Floats
 from internlm_lib.reporting.verdict_title import confidence, signed, write_verdict
 

@@ -106,10 +106,10 @@ def _autocorrelation(series: Floats) -> float:
 
 def _long_run_variance(series: Floats, count: int, every: int = 1) -> float:
     """Mean square of `count` coefficients √(2/n) Σ y_t cos(πj(t-½)/n), j = every, 2·every …"""
-    n = len(series)
-    place = (np.arange(n) + 0.5) * (math.pi / n)
-    squares = [float(series @ np.cos(j * place)) ** 2 for j in every * np.arange(1, count + 1)]
-    return 2 / n * math.fsum(squares) / count
+    from scipy import fft
+
+    coefficients = fft.dct(series, type=2)[every : every * count + 1 : every] / 2
+    return 2 / len(series) * float(np.mean(coefficients**2))
 
 
 def _quantile(probability: float, freedom: int) -> float:

@@ -11,99 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from internlm_lib.reporting import interval
+from internlm_lib.reporting.differences import CONFIDENCE, Differences, differences
 from internlm_lib.reporting.identity import Fact, compare_identity, decisive, unknown
-from internlm_lib.reporting.interval import Estimate
 from internlm_lib.reporting.pairing import Pairing, pair
-from internlm_lib.reporting.training import Floats, LoggedTraining
+from internlm_lib.reporting.training import LoggedTraining
 
 Verdict = Literal["pass", "fail", "inconclusive", "not-comparable"]
 
-CONFIDENCE = 0.95
-LATE_FRACTION = 0.2
-"""Share of the steps, the last ones, whose trend is looked at."""
-
 _DRIFT_CONFIDENCE = 0.975
 """A drift is extrapolated, so it must be surer than what is only reported."""
-_SMOOTHING = 100
-"""The error is averaged over 1/100 of the steps before it is said to have left the band."""
 _STAYS_OUT = 20
 _SUSPECT_CORRELATION = 0.3
 _MIN_STEPS_FOR_CORRELATION = 50
-
-
-@dataclass(frozen=True)
-class Differences:
-    """One quantity of two trainings, step by step; steps without a sound value are left out."""
-
-    steps: NDArray[np.int64]
-    reference: Floats
-    candidate: Floats
-
-    @cached_property
-    def signed(self) -> Floats:
-        """(c - r) / r per step [n]."""
-        return (self.candidate - self.reference) / self.reference
-
-    @cached_property
-    def relative(self) -> Floats:
-        """|c - r| / r per step [n]."""
-        return np.abs(self.signed)
-
-    @cached_property
-    def absolute(self) -> Floats:
-        """|c - r| per step [n], in the quantity's own unit."""
-        return np.abs(self.candidate - self.reference)
-
-    @cached_property
-    def smoothed(self) -> Floats:
-        """The signed error, averaged over neighbours in a window of 1/100 of the steps [n]."""
-        width = max(1, len(self.steps) // _SMOOTHING) | 1
-        total = np.concatenate([[0.0], np.cumsum(self.signed)])
-        places = np.arange(len(self.steps))
-        low = np.maximum(places - width // 2, 0)
-        high = np.minimum(places + width // 2 + 1, len(self.steps))
-        means: Floats = (total[high] - total[low]) / (high - low)
-        return means
-
-    @cached_property
-    def bias(self) -> Estimate:
-        """Mean signed error."""
-        return interval.mean(self.signed)
-
-    @cached_property
-    def late(self) -> Estimate:
-        """Trend of the signed error per step, over the last `LATE_FRACTION` of the steps."""
-        return interval.slope(self.signed[-self.late_steps :])
-
-    @property
-    def late_steps(self) -> int:
-        return max(1, round(LATE_FRACTION * len(self.steps)))
-
-    def statistics(self) -> dict[str, Any]:
-        """The numbers of this quantity as JSON; None where there are too few steps."""
-        if not len(self.steps):
-            return dict.fromkeys(_STATISTICS)
-        worst, farthest = int(self.relative.argmax()), int(self.absolute.argmax())
-        return {
-            "mean_relative_error": float(self.relative.mean()),
-            "max_relative_error": float(self.relative[worst]),
-            "max_relative_error_step": int(self.steps[worst]),
-            "max_absolute_error": float(self.absolute[farthest]),
-            "max_absolute_error_step": int(self.steps[farthest]),
-            "signed_mean": self.bias.value,
-            "signed_mean_ci95": _pair(self.bias.interval(CONFIDENCE)),
-            "detectable_bias": _number(self.bias.detectable(CONFIDENCE)),
-            "late_slope": _number(self.late.value),
-            "late_slope_ci95": _pair(self.late.interval(CONFIDENCE)),
-            "late_steps": self.late_steps,
-        }
-
-
-_STATISTICS = (
-    "mean_relative_error", "max_relative_error", "max_relative_error_step", "max_absolute_error",
-    "max_absolute_error_step", "signed_mean", "signed_mean_ci95", "detectable_bias", "late_slope",
-    "late_slope_ci95", "late_steps",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -223,8 +142,8 @@ def compare_losses(
     return LossComparison(
         pairing=pairing,
         facts=compare_identity(reference, candidate),
-        loss=_differences(pairing, "loss"),
-        grad_norm=_differences(pairing, "grad_norm"),
+        loss=differences(pairing, "loss"),
+        grad_norm=differences(pairing, "grad_norm"),
         broken=_broken(pairing),
         tolerance=tolerance,
         noise_floor=noise_floor(repeats),
@@ -234,7 +153,7 @@ def compare_losses(
 
 def noise_floor(repeats: Sequence[LoggedTraining]) -> float | None:
     """Mean over all pairs of repeats of their mean relative error; None below two repeats."""
-    pairs = [_differences(pair(one, other), "loss") for one, other in combinations(repeats, 2)]
+    pairs = [differences(pair(one, other), "loss") for one, other in combinations(repeats, 2)]
     return float(np.mean([found.relative.mean() for found in pairs])) if pairs else None
 
 
@@ -272,8 +191,10 @@ def _equivalence(comparison: LossComparison, low: float, high: float) -> tuple[V
     """Whether the data suffice to say that a comparison without a failure is a pass."""
     loss, tolerance = comparison.loss, comparison.tolerance
     if not loss.bias.freedom:
-        few = f"{len(loss.steps)} steps are too few for an interval of the bias"
-        return "inconclusive", [f"{few}; {interval.MIN_POINTS} are needed"]
+        return "inconclusive", [
+            f"too few steps for an interval of the bias: {len(loss.steps)}, and "
+            f"{interval.MIN_POINTS} are needed"
+        ]
     if low < -tolerance or high > tolerance:
         return "inconclusive", [
             f"the bias is not known well enough: its 95 % interval {_range((low, high))} reaches "
@@ -310,12 +231,6 @@ def _order_differs(comparison: LossComparison) -> bool:
     return correlation is not None and correlation < _SUSPECT_CORRELATION and around
 
 
-def _differences(pairing: Pairing, column: str) -> Differences:
-    ours, theirs = pairing.values(column)
-    sound = np.isfinite(ours) & np.isfinite(theirs) & (ours != 0)
-    return Differences(pairing.steps[sound], ours[sound], theirs[sound])
-
-
 def _broken(pairing: Pairing) -> str:
     """Sentences about losses that are NaN, infinite or zero and were not skipped, if any."""
     skipped = [values > 0 for values in pairing.values("skipped")]
@@ -333,11 +248,3 @@ def _broken(pairing: Pairing) -> str:
 
 def _range(pair: tuple[float, float]) -> str:
     return f"{pair[0]:.2g} to {pair[1]:.2g}"
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _pair(values: tuple[float, float]) -> list[float] | None:
-    return list(values) if all(math.isfinite(value) for value in values) else None

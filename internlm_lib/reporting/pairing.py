@@ -29,6 +29,12 @@ class Pairing:
         """Step numbers of the candidate [n]."""
         return self.candidate.steps[self.rows]
 
+    @property
+    def tokens(self) -> Floats:
+        """Tokens the candidate consumed up to each of them [n]; NaN if it does not say."""
+        found = consumed_tokens(self.candidate)
+        return np.full(len(self.rows), np.nan) if found is None else found[self.rows]
+
     def values(self, column: str) -> tuple[Floats, Floats]:
         """A column of the reference and of the candidate [n], NaN where one recorded none.
 
@@ -37,7 +43,9 @@ class Pairing:
         ours, low = self.reference.column(column), self.places.astype(np.int64)
         share = self.places - low
         high = np.minimum(low + 1, len(ours) - 1)
-        joined = np.where(share == 0, ours[low], ours[low] * (1 - share) + ours[high] * share)
+        with np.errstate(invalid="ignore"):  # of an infinite loss, 0 · inf
+            between = ours[low] * (1 - share) + ours[high] * share
+        joined = np.where(share == 0, ours[low], between)
         return joined, self.candidate.column(column)[self.rows]
 
 
@@ -46,7 +54,7 @@ def pair(reference: LoggedTraining, candidate: LoggedTraining) -> Pairing:
 
     Raises NotComparableError if they have no step in common.
     """
-    ours, theirs = (_tokens(training) for training in (reference, candidate))
+    ours, theirs = (consumed_tokens(training) for training in (reference, candidate))
     if ours is not None and theirs is not None and _differ(reference, candidate):
         return _by_tokens(reference, candidate, ours, theirs)
     common, rows, places = np.intersect1d(
@@ -79,7 +87,7 @@ def _by_tokens(
     return Pairing(reference, candidate, rows, places, "consumed tokens", notes)
 
 
-def _tokens(training: LoggedTraining) -> Floats | None:
+def consumed_tokens(training: LoggedTraining) -> Floats | None:
     """Tokens consumed after each step [n]; None if the training does not say."""
     logged = training.column("consumed_tokens")
     if np.isfinite(logged).all():

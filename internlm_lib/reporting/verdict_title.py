@@ -3,8 +3,9 @@
 import textwrap
 from typing import TYPE_CHECKING
 
+from internlm_lib.reporting.differences import CONFIDENCE
 from internlm_lib.reporting.figures import BLACK, GREEN, ORANGE, PURPLE, VERMILION, percent
-from internlm_lib.reporting.loss import CONFIDENCE, LossComparison, Verdict
+from internlm_lib.reporting.loss import LossComparison, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

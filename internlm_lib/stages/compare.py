@@ -177,23 +177,23 @@ def draw_loss(record: Record, trainings: Trainings, comparison: LossComparison |
 
 def draw_signed_error(record: Record, comparison: LossComparison | None) -> Path | None:
     """Draw the signed error with its mean, late trend and tolerance; returns the PNG."""
-    from internlm_lib.reporting import compare_figures as figures
+    from internlm_lib.reporting.error_figures import signed_error_figure, signed_error_rows
 
-    return _draw(record, "signed_error", comparison, figures.signed_error_figure)
+    return _draw(record, "signed_error", comparison, signed_error_figure, signed_error_rows)
 
 
 def draw_histogram(record: Record, comparison: LossComparison | None) -> Path | None:
     """Draw how the signed errors are distributed; returns the PNG."""
-    from internlm_lib.reporting import compare_figures as figures
+    from internlm_lib.reporting.error_figures import error_histogram, error_histogram_rows
 
-    return _draw(record, "error_histogram", comparison, figures.error_histogram)
+    return _draw(record, "error_histogram", comparison, error_histogram, error_histogram_rows)
 
 
 def draw_grad_norms(record: Record, comparison: LossComparison | None) -> Path | None:
     """Draw the gradient norms and their relative error; returns the PNG."""
-    from internlm_lib.reporting import compare_figures as figures
+    from internlm_lib.reporting.compare_figures import grad_norm_figure, grad_norm_rows
 
-    return _draw(record, "grad_norm", comparison, figures.grad_norm_figure)
+    return _draw(record, "grad_norm", comparison, grad_norm_figure, grad_norm_rows)
 
 
 def compare_speed(
@@ -395,18 +395,20 @@ def _draw(
     name: str,
     comparison: LossComparison | None,
     figure: "Callable[[LossComparison], Figure]",
+    rows: Callable[[LossComparison], Any],
 ) -> Path | None:
-    return record.figure(name, figure(comparison)) if comparison else None
-
-
-_CURVE_POINTS = 2000
+    if comparison is None:
+        return None
+    record.table(name, rows(comparison))
+    return record.figure(name, figure(comparison))
 
 
 def _record_curve(record: Record, comparison: LossComparison) -> None:
     """The signed error as a curve in MLflow, with all extremes but no more points than it draws."""
     from internlm_lib.reporting.decimation import decimate
 
-    steps, errors = decimate(comparison.steps, comparison.loss.signed, _CURVE_POINTS)
+    rows = decimate(comparison.steps, comparison.loss.signed)
+    steps, errors = comparison.steps[rows], comparison.loss.signed[rows]
     record.series("compare/signed_relative_error", steps.tolist(), errors.tolist())
 
 

@@ -160,7 +160,7 @@ def test_the_noise_floor_is_the_error_between_repeats():
 def test_few_steps_are_inconclusive():
     comparison = compare_losses(logged([2.0] * 3), logged([2.0] * 3), 0.02)
     assert comparison.verdict == "inconclusive"
-    assert "3 steps are too few" in comparison.reasons[0]
+    assert "too few steps for an interval of the bias: 3" in comparison.reasons[0]
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0, None])

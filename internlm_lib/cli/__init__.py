@@ -28,6 +28,7 @@ for command in (
     stages.evaluate,
     stages.compare_stage,
     comparison.compare,
+    comparison.import_log,
     checkpoints.convert,
     checkpoints.verify,
     published.published,

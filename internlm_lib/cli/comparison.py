@@ -1,6 +1,7 @@
-"""Commands that hold trainings against each other."""
+"""Commands on trainings from anywhere: hold two against each other, make a log a run."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -64,3 +65,58 @@ def compare(
             # The object on stdout is the result, whatever it is: no second one for the error.
             print(f"internlm: {error}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from None
+
+
+def import_log(
+    file: Annotated[Path, typer.Argument(help="Training log, plain or gzip.")],
+    format: Annotated[
+        str, typer.Option(help="megatron (AscendSpeed, MindSpeed-LLM), internevo, huggingface.")
+    ] = "auto",
+    run_name: Annotated[
+        str | None, typer.Option(help="Name of the run; the file's by default.")
+    ] = None,
+    seq_length: Annotated[int | None, typer.Option(help="Tokens per sample.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Number of devices trained on.")] = None,
+    device: Annotated[str | None, typer.Option(help="npu, cuda or cpu.")] = None,
+    device_name: Annotated[str | None, typer.Option(help='E.g. "Ascend 910B3".')] = None,
+    global_batch_size: Annotated[int | None, typer.Option(help="Samples per step.")] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.")] = None,
+    model: Annotated[str | None, typer.Option(help="A preset, e.g. internlm-7b.")] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store of the run; the project's own by default.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run that was imported before.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A training log becomes a run of the kit, in its journal and in MLflow.
+
+    Options state what the log lacks; what contradicts it is refused.
+    """
+    with reported(as_json):
+        from internlm_lib.logs.facts import Facts
+        from internlm_lib.logs.import_log import import_log as carry_out
+        from internlm_lib.run_folder import RunFolder
+        from internlm_lib.tracking.mlflow_replica import sync
+
+        facts = Facts(
+            seq_length=seq_length,
+            devices=devices,
+            device=device,
+            device_name=device_name,
+            global_batch_size=global_batch_size,
+            precision=precision,
+            model=model,
+        )
+        with stdout_for_json(as_json):
+            result = carry_out(
+                file,
+                run_name,
+                format=format,
+                facts=facts,
+                tracking_uri=tracking_uri,
+                overwrite=overwrite,
+            )
+            sync(RunFolder.of(result["run"]))
+        print_result(result, as_json)

@@ -38,7 +38,7 @@ CONVENTION = convention_text()
 def measured(training: LoggedTraining) -> NDArray[np.bool_]:
     """Steps [n] that count for speed: after warm-up, timed, and containing nothing but the step."""
     late = np.arange(len(training)) >= math.floor(WARM_UP_FRACTION * len(training))
-    timed = np.isfinite(rates(training))
+    timed = np.isfinite(rates(training)) | np.isfinite(training.column("step_seconds"))
     found: NDArray[np.bool_] = late & timed & ~training.spoiled
     return found
 
@@ -48,12 +48,15 @@ def rates(training: LoggedTraining) -> Floats:
 
     As recorded, else tokens per step by seconds per step and devices.
     """
-    logged = training.column("tokens_per_second_per_device")
-    tokens, devices = training.start.get("tokens_per_step"), training.start.get("world_size")
-    if tokens is None or devices is None:
-        return logged
-    derived = tokens / (training.column("step_seconds") * devices)
-    return np.where(np.isfinite(logged), logged, derived)
+    logged, devices = training.column("tokens_per_second_per_device"), training.start["world_size"]
+    return np.where(np.isfinite(logged), logged, job_rates(training) / (devices or np.nan))
+
+
+def job_rates(training: LoggedTraining) -> Floats:
+    """Tokens per second of all devices together, of each step [n]; NaN where not known."""
+    tokens = training.start["tokens_per_step"]
+    found: Floats = (tokens or np.nan) / training.column("step_seconds")
+    return found
 
 
 def performance(
@@ -70,19 +73,19 @@ def performance(
     start, counted = training.start, measured(training)
     speed = _quantiles(rates(training)[counted])
     seconds = _quantiles(training.column("step_seconds")[counted])
-    tokens, sequence = start.get("tokens_per_step"), start.get("seq_length")
+    tokens, sequence = start["tokens_per_step"], start.get("seq_length")
     samples = _over(_over(tokens, sequence), seconds["median"])
     memory = training.column("memory_bytes")
     return {
         "role": role,
         "layout": start["layout"],
         "device": start.get("device_name"),
-        "devices": start.get("world_size"),
+        "devices": start["world_size"],
         "steps": int(counted.sum()),
         "left_out_as_warm_up": math.floor(WARM_UP_FRACTION * len(training)),
         "left_out_as_spoiled": int(training.spoiled.sum()),
         "samples_per_second": samples,
-        "samples_per_second_per_device": _over(samples, start.get("world_size")),
+        "samples_per_second_per_device": _over(samples, start["world_size"]),
         "tokens_per_second_per_device": speed["median"],
         "tokens_per_second_p5": speed["p5"],
         "tokens_per_second_p95": speed["p95"],
@@ -97,18 +100,26 @@ def performance(
 
 
 def speed_ratio(reference: LoggedTraining, candidate: LoggedTraining) -> dict[str, Any]:
-    """Candidate ÷ reference in tokens per second and device; above 1 the candidate is faster.
+    """Candidate ÷ reference in tokens per second; above 1 the candidate is faster.
 
     Returns:
         `ratio` of the medians, and `ratio_ci95`: Welch's interval of the logarithms of the medians
         of twenty stretches of each training, so that a slow hour counts as one and not as many
-        steps. None where a speed, or enough steps, are missing.
+        steps. None where a speed, or enough steps, are missing. `ratio_of` says of what: where a
+        log does not tell the number of devices, of the whole job's tokens per second.
     """
-    ours, theirs = (rates(t)[measured(t)] for t in (reference, candidate))
-    if not len(ours) or not len(theirs):
-        return {"ratio": None, "ratio_ci95": None}
-    ratio = float(np.median(theirs) / np.median(ours))
-    return {"ratio": ratio, "ratio_ci95": _welch(_stretches(theirs), _stretches(ours))}
+    for name, rate in (("tokens/s/device", rates), ("tokens/s of the whole job", job_rates)):
+        ours, theirs = (_finite(rate(t)[measured(t)]) for t in (reference, candidate))
+        if len(ours) and len(theirs):
+            return {
+                "ratio": float(np.median(theirs) / np.median(ours)),
+                "ratio_ci95": _welch(_stretches(theirs), _stretches(ours)),
+                "ratio_of": name,
+            }
+    return NO_RATIO
+
+
+NO_RATIO = {"ratio": None, "ratio_ci95": None, "ratio_of": None}
 
 
 TIME_PARTS = {
@@ -207,13 +218,17 @@ def _welch(candidate: Floats, reference: Floats) -> list[float] | None:
 
 
 def _quantiles(values: Floats) -> dict[str, float | None]:
-    values = values[np.isfinite(values)]
+    values = _finite(values)
     if not len(values):
         return {"median": None, "p5": None, "p95": None}
     return {
         name: float(np.quantile(values, fraction))
         for name, fraction in (("median", 0.5), ("p5", 0.05), ("p95", 0.95))
     }
+
+
+def _finite(values: Floats) -> Floats:
+    return values[np.isfinite(values)]
 
 
 def _over(value: float | None, count: float | None) -> float | None:

@@ -17,7 +17,6 @@ def open_training(
     root: Path,
     *,
     tracking_uri: str | None = None,
-    facts: Mapping[str, Any] | None = None,
 ) -> LoggedTraining:
     """Read a training.
 
@@ -27,11 +26,10 @@ def open_training(
         role: what it is here: "reference" or "candidate".
         root: the project, whose `runs/` and MLflow store are meant.
         tracking_uri: where MLflow run ids are looked up; None is the project's own store.
-        facts: what a log file does not say (`seq_length`, `world_size`, …).
     Raises:
         InputError: there is no such training, or it recorded no step.
     """
-    events, origin = _events(source, root, tracking_uri, facts or {})
+    events, origin = _events(source, root, tracking_uri)
     training = from_events(events, role, origin)
     if training is None:
         raise InputError(f"--{role} {source}: {origin} recorded no step; train that run first")
@@ -44,16 +42,16 @@ def source_path(source: str, root: Path) -> Path:
 
 
 def _events(
-    source: str, root: Path, tracking_uri: str | None, facts: Mapping[str, Any]
+    source: str, root: Path, tracking_uri: str | None
 ) -> tuple[Iterable[Mapping[str, Any]], str]:
     from internlm_lib.journal import read_journal
-    from internlm_lib.logs import read_log
+    from internlm_lib.logs.read import read_log
     from internlm_lib.tracking.mlflow_runs import RUN_ID, training_events
 
     if journal := _journal(source, root):
         return (event for event, _ in read_journal(journal)), f"run {source}"
     if Path(source).is_file():
-        return read_log(Path(source), facts=facts), f"log {Path(source).name}"
+        return read_log(Path(source)), f"log {Path(source).name}"
     if RUN_ID.fullmatch(source):
         return training_events(root, tracking_uri, source), f"MLflow run {source}"
     raise InputError(f"{source!r} is no run, no MLflow run id and no file; {_known(source, root)}")

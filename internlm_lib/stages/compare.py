@@ -72,8 +72,8 @@ class Speeds:
     """Performance of the trainings, and of one against the other."""
 
     rows: list[dict[str, Any]]
-    ratio: dict[str, Any]
-    """`ratio` and `ratio_ci95`, None without a reference."""
+    ratio: Mapping[str, Any]
+    """Of `performance.speed_ratio`; all None without a reference."""
     unfair: list[str]
     """What makes the ratio unfair."""
 
@@ -208,7 +208,7 @@ def compare_speed(
         performance.performance(training, role, trainings.convention)
         for role, training in trainings.roles.items()
     ]
-    ratio: dict[str, Any] = {"ratio": None, "ratio_ci95": None}
+    ratio: Mapping[str, Any] = performance.NO_RATIO
     if trainings.reference is not None:
         ratio = performance.speed_ratio(trainings.reference, trainings.candidate)
     record.table("throughput", rows)
@@ -314,7 +314,7 @@ def summarize(record: Record, comparison: LossComparison | None, speeds: Speeds)
         "verdict": comparison.verdict if comparison else NOT_COMPARED,
         "tolerance": comparison.tolerance if comparison else None,
         "reasons": comparison.reasons if comparison else [],
-        "performance": {row["role"]: row for row in speeds.rows} | speeds.ratio
+        "performance": {row["role"]: row for row in speeds.rows} | dict(speeds.ratio)
         | {"not_like_for_like": speeds.unfair},
         "report": (record.folder.report / "compare.html")
         .relative_to(record.folder.root)
@@ -421,7 +421,7 @@ def _convention_rows(trainings: Trainings) -> list[dict[str, Any]]:
 
 
 def _ratio_text(ratio: Mapping[str, Any]) -> str:
-    text = f"{ratio['ratio']:.3g} times"
+    text = f"in {ratio['ratio_of']} {ratio['ratio']:.3g} times"
     if ratio["ratio_ci95"]:
         low, high = ratio["ratio_ci95"]
         text += f" (95 % interval {low:.3g} to {high:.3g})"

@@ -102,7 +102,9 @@ def test_errors_have_their_exit_codes(
 
 
 def test_a_failed_verdict_keeps_its_numbers(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = {"verdict": "fail", "mean_relative_error": 0.5, "tolerance": 0.02}
+    verdict = {
+        "verdict": "fail", "mean_relative_error": 0.5, "reasons": ["0.5 is above"], "report": "x",
+    }  # fmt: skip
     monkeypatch.setattr("internlm_lib.stages.compare.run", lambda stage: verdict)
     result = internlm("compare-stage", "params/tiny.yaml")
     assert result.exit_code == 3 and "0.5" in result.stderr

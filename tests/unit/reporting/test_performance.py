@@ -94,7 +94,8 @@ def test_what_a_training_does_not_tell_is_none_and_no_error():
     training = timed([1.0] * 10, world_size=None, tokens_per_step=None, device_name=None)
     row = performance(training, "candidate")
     assert row["tokens_per_second_per_device"] is row["samples_per_second"] is row["mfu"] is None
-    assert speed_ratio(training, training) == {"ratio": None, "ratio_ci95": None}
+    assert row["step_seconds"] == 1.0
+    assert speed_ratio(training, training)["ratio"] is None
     assert conventions(training) == []
 
 
@@ -108,7 +109,14 @@ def test_the_ratio_is_candidate_over_reference_with_an_interval_that_holds_it():
         held += low <= 1.5 <= high
         assert low < found["ratio"] < high
     assert 0.88 <= held / 200 <= 0.99
-    assert speed_ratio(timed([2.0] * 3), timed([1.0] * 3)) == {"ratio": 2.0, "ratio_ci95": None}
+    few = speed_ratio(timed([2.0] * 3), timed([1.0] * 3))
+    assert few == {"ratio": 2.0, "ratio_ci95": None, "ratio_of": "tokens/s/device"}
+
+
+def test_without_the_number_of_devices_the_ratio_is_the_whole_jobs():
+    slow, fast = timed([2.0] * 9, world_size=None), timed([1.0] * 9)
+    found = speed_ratio(slow, fast)
+    assert (found["ratio"], found["ratio_of"]) == (2.0, "tokens/s of the whole job")
 
 
 def test_times_of_a_step_are_medians_and_the_rest_is_named():

@@ -78,7 +78,13 @@ def resolve(
         source: named at the head of an error, e.g. the file.
     Raises:
         ConfigError: lists every problem found.
+        InputError: the values are those of a run that was imported from a log.
     """
+    if "imported" in values:
+        raise InputError(
+            f"{source}: this run was imported from a log; it cannot be trained, because the log "
+            "does not hold its whole experiment. Write a params file for it (see params/)"
+        )
     problems: list[str] = []
     merged = _merge(values, overrides, problems)
     run_name = _read_run_name(merged.pop("run_name", None), default_run_name, problems)

@@ -22,6 +22,9 @@ STEP_METRICS = {
     "lr": "train/lr",
     "loss_scale": "train/loss_scale",
     "skipped": "train/skipped",
+    "nan_iterations": "train/nan_iterations",
+    "consumed_samples": "train/consumed_samples",
+    "consumed_tokens": "train/consumed_tokens",
     "global_batch_size": "train/global_batch_size",
     "step_seconds": "perf/step_seconds",
     "data_seconds": "perf/data_seconds",
@@ -30,6 +33,8 @@ STEP_METRICS = {
     "communication_seconds": "perf/communication_seconds",
     "tokens_per_second_per_device": "perf/tokens_per_second_per_device",
     "model_tflops_per_device": "perf/model_tflops_per_device",
+    "logged_tflops_per_device": "perf/logged_tflops_per_device",
+    "logged_samples_per_second": "perf/logged_samples_per_second",
     "memory_bytes": "memory/bytes",
 }
 """Field of a `step` event → MLflow metric."""
@@ -66,8 +71,8 @@ class Session:
 
     def open(self, name: str, journal: str, time: float, tags: Mapping[str, Any]) -> Mirror:
         """The MLflow run, below the parent, of what began with the journal's event at `time`."""
-        key = f"{self.folder.name}/{journal}/{name}@{time}"
-        labels = {"mlflow.parentRunId": self.parent(time).run_id, **tags}
+        key = f"{self.folder.name}/{journal}/{name}@{time}{self._edition}"
+        labels = {"mlflow.parentRunId": self.parent(time).run_id, **self._origin, **tags}
         mirror = Mirror(self.store.run(key, name, time, labels), last_time=time)
         self._describe(mirror)
         return mirror
@@ -76,7 +81,8 @@ class Session:
         """The kit run's MLflow run; begins with the event at `time` if there is none yet."""
         if self.state.parent is None:
             name = self.folder.name
-            run_id = self.store.run(f"{name}@{time}", name, time, {"internlm.run": name})
+            labels = {"internlm.run": name, **self._origin}
+            run_id = self.store.run(f"{name}@{time}", name, time, labels)
             self.state.parent = Mirror(run_id, last_time=time)
             self._describe(self.state.parent)
         return self.state.parent
@@ -87,6 +93,17 @@ class Session:
         if mirror.status != status:
             self.store.set_status(mirror.run_id, status, time)
             mirror.status = status
+
+    @property
+    def _origin(self) -> dict[str, str]:
+        """Tags of a run that the kit did not train itself."""
+        return {"imported": "true"} if "imported" in self.values else {}
+
+    @property
+    def _edition(self) -> str:
+        """Tells imports of one log apart: their events have the log's times, which stay."""
+        imported = self.values.get("imported")
+        return f"#{imported['time']}" if imported else ""
 
     def _describe(self, mirror: Mirror) -> None:
         self.store.log(mirror.run_id, params=_flat(self.values))
@@ -209,7 +226,8 @@ class TrainingReplay:
         new one begins with the steps that the journal keeps.
         """
         self._flush()
-        tags = {key: event.get(key) for key in _TRAINING_TAGS} | event.get("tags", {})
+        known = {key: event[key] for key in _TRAINING_TAGS if event.get(key) is not None}
+        tags = known | event.get("tags", {})
         old = self.mirror
         if old is not None and event["first_step"] == old.last_step + 1 > 1:
             self.session.close(old, "RUNNING", event["time"])
@@ -234,6 +252,8 @@ class TrainingReplay:
         values = {name: event.get(key) for key, name in STEP_METRICS.items()}
         if "skipped" in event:  # a curve of 0 and 1: MLflow has no metrics of truth values
             values[STEP_METRICS["skipped"]] = int(event["skipped"])
+        for group, norm in event.get("grad_norms", {}).items():
+            values[f"{STEP_METRICS['grad_norm']}_{group}"] = norm
         self._add(values, event)
 
     def _add(self, values: Mapping[str, Any], event: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "internlm_lib"
 HOUSE = (
     ("errors", "files", "provenance", "journal", "run_folder"),
     ("experiment", "devices", "published"),
-    ("data", "kernels", "tracking", "ranks"),
+    ("data", "kernels", "tracking", "ranks", "logs"),
     ("model",),
     ("weights", "engines"),
     ("training", "generation", "reporting", "planning"),

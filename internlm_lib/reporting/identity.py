@@ -49,11 +49,11 @@ class Fact:
 
 
 def compare_identity(reference: LoggedTraining, candidate: LoggedTraining) -> list[Fact]:
-    """All facts that at least one of the trainings recorded, the decisive hashes first."""
+    """The decisive hashes, then all facts that at least one of the trainings recorded."""
     ours, theirs = _facts(reference.start), _facts(candidate.start)
     names = [*_DECISIVE, *_PLAIN, *sorted((ours.keys() | theirs.keys()) - {*_DECISIVE, *_PLAIN})]
     facts = [Fact(n, ours.get(n), theirs.get(n), _finding(n, ours, theirs)) for n in names]
-    return [fact for fact in facts if not (fact.reference is None and fact.candidate is None)]
+    return [f for f in facts if f.name in _DECISIVE or (f.reference, f.candidate) != (None, None)]
 
 
 def decisive(facts: list[Fact]) -> list[str]:
@@ -67,7 +67,7 @@ def decisive(facts: list[Fact]) -> list[str]:
 
 
 def unknown(facts: list[Fact]) -> list[str]:
-    """Decisive hashes that one side did not record: what has to be taken on trust."""
+    """Decisive hashes that not both sides recorded: what has to be taken on trust."""
     return [fact.name for fact in facts if fact.name in _DECISIVE and fact.finding == "unknown"]
 
 

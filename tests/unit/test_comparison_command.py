@@ -63,6 +63,7 @@ def write_log(path, values: list[float], milliseconds: float) -> str:
 
 def compare(*arguments: str):
     done = CliRunner().invoke(app, ["compare", *arguments, "--json"])
+    assert done.stdout, done.exception
     return done.exit_code, json.loads(done.stdout), done.stderr
 
 

@@ -12,8 +12,9 @@ from internlm_lib.files import sha256_of
 from internlm_lib.journal import events, read_journal, training_steps
 from internlm_lib.logs.facts import Facts
 from internlm_lib.logs.import_log import import_log
-from internlm_lib.reporting.loss import compare_losses, read_training
-from internlm_lib.reporting.performance import throughput
+from internlm_lib.reporting.loss import compare_losses
+from internlm_lib.reporting.performance import performance
+from internlm_lib.reporting.training import read_training
 from internlm_lib.run_folder import RunFolder
 
 
@@ -76,9 +77,9 @@ def test_reports_read_an_imported_run(log, root):
         read_training(RunFolder.of(name, root).training("candidate").journal, name)
         for name in ("one", "two")
     )
-    assert list(one.numbers) == [1, 2, 3]
+    assert list(one.steps) == [1, 2, 3]
     assert compare_losses(one, two, 0.02).broken  # the loss that is missing is no step left out
-    row = throughput(one, "candidate")
+    row = performance(one, "candidate")
     assert row["device"] == "Ascend 910B3"
     assert row["tokens_per_second_per_device"] == 256 * 2048 / 20.0 / 16
 

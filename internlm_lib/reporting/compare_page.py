@@ -127,9 +127,12 @@ def _pictures(folder: RunFolder) -> list[dict[str, str]]:
 
 
 def _transposed(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per quantity and one column per training: two trainings have many quantities."""
-    names = [name for name in rows[0] if name != "role"] if rows else []
-    return [{"quantity": name, **{str(r["role"]): r[name] for r in rows}} for name in names]
+    """One row per quantity that is known, and one column per training: quantities are many."""
+    names = [name for row in rows for name in row if name != "role" and row[name] is not None]
+    return [
+        {"quantity": name.replace("_", " "), **{str(row["role"]): row.get(name) for row in rows}}
+        for name in dict.fromkeys(names)
+    ]
 
 
 def _readable(reading: Mapping[str, Any]) -> dict[str, Any]:

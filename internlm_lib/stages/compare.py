@@ -145,7 +145,11 @@ def statistics_rows(comparison: LossComparison | None) -> list[dict[str, Any]]:
         return [{"statistic": "verdict", "loss": NOT_COMPARED}]
     loss, norm = comparison.statistics(), comparison.grad_norm.statistics()
     rows = [
-        {"statistic": name.replace("_", " "), "loss": value, "gradient norm": norm.get(name)}
+        {
+            "statistic": name.replace("_", " "),
+            "loss": _range_text(value),
+            "gradient norm": _range_text(norm.get(name)),
+        }
         for name, value in loss.items()
         if value is not None
     ]
@@ -418,6 +422,11 @@ def _convention_rows(trainings: Trainings) -> list[dict[str, Any]]:
         for role, training in trainings.roles.items()
         for row in performance.conventions(training)
     ]
+
+
+def _range_text(value: Any) -> Any:
+    """An interval in words; whatever else as it is."""
+    return f"{value[0]:.3g} to {value[1]:.3g}" if isinstance(value, list) else value
 
 
 def _ratio_text(ratio: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from internlm_lib import provenance
 from internlm_lib.devices import Device, select_device
 from internlm_lib.experiment.load import load_experiment
 from internlm_lib.experiment.schema import Experiment, Layout, ModelSection
-from internlm_lib.files import read_json
+from internlm_lib.files import read_json, sha256_of
 from internlm_lib.journal import Journal
 from internlm_lib.model.arithmetic import model_flops_per_token, parameter_count
 from internlm_lib.ranks.rank import rank_main
@@ -106,7 +106,7 @@ def _train(
     begin = time.time()
     record(
         "start",
-        **_start(role, experiment, layout, device, choice, hashes),
+        **_start(role, experiment, layout, device, choice, hashes, folder.tokenizer),
         first_step=start.position.step + 1,
         resumed_from=start.checkpoint.name if start.checkpoint else None,
         steps_repeated=start.steps_repeated,
@@ -175,6 +175,7 @@ def _start(
     device: Device,
     choice: Choice | None,
     hashes: dict[str, str],
+    tokenizer: Path,
 ) -> dict[str, Any]:
     """What the `start` event says a training is."""
     training = experiment.training
@@ -203,6 +204,7 @@ def _start(
         "recompute_layers": choice.layers if choice else None,
         "tags": {
             **hashes,
+            "tokenizer_sha256": sha256_of(tokenizer) if tokenizer.exists() else None,
             "environment_sha256": provenance.environment_sha256(),
             "git_commit": provenance.git_state(checkout)["git_commit"],
         },

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NOT_COMPARED = "not compared"
 PUBLISHED_CAPTION = (
     "Published training speeds, each cell computed again from the rest of its row. Contradictions "
-    "name what is printed and what would fit; `internlm published` has all rows and sources."
+    "name what is printed and what would fit; internlm published has all rows and sources."
 )
 
 
@@ -82,7 +82,7 @@ class Speeds:
         """How to read the table."""
         text = performance.convention_text(self.rows[0]["flop_convention"])
         if self.ratio["ratio"] is not None:
-            text += f" The candidate is {_ratio_text(self.ratio)} as fast as the reference."
+            text += f" {_ratio_text(self.ratio)}"
         return f"{text} Not like for like: {'; '.join(self.unfair)}." if self.unfair else text
 
 
@@ -153,8 +153,10 @@ def statistics_rows(comparison: LossComparison | None) -> list[dict[str, Any]]:
         for name, value in loss.items()
         if value is not None
     ]
-    rows.append({"statistic": "tolerance", "loss": comparison.tolerance})
-    return [*rows, {"statistic": "verdict", "loss": comparison.verdict}]
+    decided = {"tolerance": comparison.tolerance, "verdict": comparison.verdict}
+    return rows + [
+        {"statistic": name, "loss": value, "gradient norm": None} for name, value in decided.items()
+    ]
 
 
 def reasons_rows(comparison: LossComparison | None) -> list[dict[str, str]]:
@@ -430,11 +432,11 @@ def _range_text(value: Any) -> Any:
 
 
 def _ratio_text(ratio: Mapping[str, Any]) -> str:
-    text = f"in {ratio['ratio_of']} {ratio['ratio']:.3g} times"
+    text = f"In {ratio['ratio_of']} the candidate is {ratio['ratio']:.3g} times"
     if ratio["ratio_ci95"]:
         low, high = ratio["ratio_ci95"]
         text += f" (95 % interval {low:.3g} to {high:.3g})"
-    return text
+    return f"{text} as fast as the reference."
 
 
 def _parity_origin(found: Mapping[str, Any]) -> str:

@@ -27,6 +27,9 @@ def compare(
     flops: Annotated[
         str | None, typer.Option(help="Convention of FLOPs, e.g. 6N; the kit's own by default.")
     ] = None,
+    log_scale: Annotated[
+        bool, typer.Option("--log-scale", help="Draw the losses on a logarithmic axis.")
+    ] = False,
     run_name: Annotated[
         str | None, typer.Option(help="Folder below reports/; CANDIDATE-vs-REFERENCE by default.")
     ] = None,
@@ -54,6 +57,7 @@ def compare(
             repeats=noise_floor or (),
             force=force,
             convention=flops or MODEL_FLOPS_CONVENTION,
+            log_scale=log_scale,
             tracking_uri=tracking_uri,
         )
         with stdout_for_json(as_json):

@@ -8,7 +8,7 @@ the candidate's own curve and throughput. `internlm compare` takes the same step
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from internlm_lib import provenance
 from internlm_lib.errors import NotComparableError, VerdictError
@@ -42,6 +42,8 @@ class Trainings:
     force: bool = False
     """Compare losses of different experiments."""
     convention: str = MODEL_FLOPS_CONVENTION
+    log_scale: bool = False
+    """Draw the losses on a logarithmic axis."""
     command: str | None = None
     """What compares them again; None for a stage's own."""
 
@@ -178,7 +180,8 @@ def draw_loss(record: Record, trainings: Trainings, comparison: LossComparison |
 
     if comparison is None:
         return record.figure("loss", loss_figure(trainings.candidate))
-    return record.figure("loss", losses_figure(comparison))
+    scale: Literal["log", "linear"] = "log" if trainings.log_scale else "linear"
+    return record.figure("loss", losses_figure(comparison, scale=scale))
 
 
 def draw_signed_error(record: Record, comparison: LossComparison | None) -> Path | None:

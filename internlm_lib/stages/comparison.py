@@ -35,6 +35,8 @@ class Comparison:
     """Trainings of one device, two or more, whose differences are the noise floor."""
     force: bool = False
     convention: str = MODEL_FLOPS_CONVENTION
+    log_scale: bool = False
+    """Draw the losses on a logarithmic axis."""
     tracking_uri: str | None = None
     tracking_experiment: str = "internlm"
 
@@ -65,6 +67,7 @@ def compare_sources(comparison: Comparison, root: Path) -> dict[str, Any]:
         repeats=[open_source(source, "repeat") for source in comparison.repeats],
         force=comparison.force,
         convention=comparison.convention,
+        log_scale=comparison.log_scale,
         command=_command(comparison),
     )
     folder = RunFolder.of(comparison.run_name or _name(comparison), root)
@@ -102,6 +105,8 @@ def _command(comparison: Comparison) -> str:
         words += ["--noise-floor", source]
     if comparison.force:
         words.append("--force")
+    if comparison.log_scale:
+        words.append("--log-scale")
     if comparison.convention != MODEL_FLOPS_CONVENTION:
         words += ["--flops", comparison.convention]
     if comparison.tracking_uri:

@@ -126,7 +126,9 @@ def test_other_weights_have_exit_code_4_unless_forced(home):
     write_run(home, "npu", losses(), tags={"weights_sha256": "b"})
     code, result, _ = compare("--reference", "gpu", "--candidate", "npu")
     assert (code, result["verdict"]) == (4, "not-comparable")
-    assert compare("--reference", "gpu", "--candidate", "npu", "--force")[0] == 0
+    assert compare("--reference", "gpu", "--candidate", "npu", "--force", "--log-scale")[0] == 0
+    page = (home / "reports/npu-vs-gpu/compare.html").read_text(encoding="utf-8")
+    assert "--tolerance 0.02 --force --log-scale" in page
 
 
 def test_repeats_give_a_noise_ratio(home):

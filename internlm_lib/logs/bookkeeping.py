@@ -7,7 +7,7 @@ from typing import Any
 
 from internlm_lib.logs.facts import Facts, Training, settle
 from internlm_lib.logs.reader import FACT, Event, Parsed, Reader
-from internlm_lib.logs.values import rank_label
+from internlm_lib.logs.values import as_text, rank_label
 
 _RECENT = 64
 """Steps that are remembered, to tell another rank's late line from a step taken again."""
@@ -38,7 +38,7 @@ class Bookkeeper:
         self.examples: list[dict[str, Any]] = []
         self._starting = True
         """Whether the next step begins an attempt."""
-        self._recent: dict[int, tuple[Event, bytes]] = {}
+        self._recent: dict[int, tuple[Event, str]] = {}
         self._held_out: deque[tuple[Any, ...]] = deque(maxlen=_RECENT)
         """Validations and checkpoints of late, to know when another rank repeats one."""
         self._early: deque[Event] = deque(maxlen=_EARLY)
@@ -47,7 +47,7 @@ class Bookkeeper:
         self._interval: int | None = None
         self._time: float | None = None
 
-    def take(self, parsed: Parsed, line: bytes) -> "tuple[Event, ...] | list[Event]":
+    def take(self, parsed: Parsed, line: str) -> "tuple[Event, ...] | list[Event]":
         """The journal events of a line; counts it."""
         self.lines += 1
         if self.reader.begins:
@@ -107,13 +107,13 @@ class Bookkeeper:
         self._recent.clear()
         self._held_out.clear()
 
-    def _remember(self, line: bytes) -> None:
+    def _remember(self, line: str) -> None:
         self.counts["unknown"] += 1
         if len(self.examples) < _EXAMPLES:
-            text = line[:_EXAMPLE_LENGTH].decode(errors="replace")
+            text = as_text(line[:_EXAMPLE_LENGTH])
             self.examples.append({"line": self.lines, "text": text})
 
-    def _accept(self, event: Event, line: bytes) -> list[Event] | None:
+    def _accept(self, event: Event, line: str) -> list[Event] | None:
         """The journal events that a parsed one gives; None for a repetition."""
         time = event["time"]
         if time is not None and not 0 < time < _LATEST:
@@ -127,7 +127,7 @@ class Bookkeeper:
             self._time = time
         return accepted
 
-    def _accept_step(self, event: Event, line: bytes) -> list[Event] | None:
+    def _accept_step(self, event: Event, line: str) -> list[Event] | None:
         step = event["step"]
         if not self._starting and step <= self.last_step:
             if self._is_repetition(event, line):
@@ -148,7 +148,7 @@ class Bookkeeper:
             del self._recent[next(iter(self._recent))]
         return [*before, event]
 
-    def _is_repetition(self, event: Event, line: bytes) -> bool:
+    def _is_repetition(self, event: Event, line: str) -> bool:
         """Whether a step that is not new is a line seen before, and not the step taken again.
 
         It is if it has the same numbers, is of the step just read, or is another rank's.

@@ -1,6 +1,7 @@
 """A training log → a run of this kit, which can be looked at, compared and sent to MLflow."""
 
 import json
+import math
 import os
 import re
 import time
@@ -139,13 +140,38 @@ def _write_journal(
     journal: Path, log: Path, format: str, facts: Facts | None, written: _Written
 ) -> None:
     journal.parent.mkdir(parents=True)
-    encode = json.JSONEncoder(check_circular=False).encode
+    encode = _Encoder()
     with journal.open("w", encoding="utf-8", buffering=1 << 20) as stream:
         for event in _timed(read_log(log, format, facts), log):
             written.note(event)
-            stream.write(encode(event) + "\n")
+            stream.write(encode(event))
         stream.flush()
         os.fsync(stream.fileno())
+
+
+class _Encoder:
+    """JSON lines of events; of plain steps, which are nearly all, in half the time."""
+
+    def __init__(self) -> None:
+        self._templates: dict[tuple[str, ...], str] = {}
+
+    def __call__(self, event: Event) -> str:
+        if event["event"] == "step":
+            _, *numbers = event.values()
+            try:
+                if math.isfinite(sum(numbers)):
+                    return self._template(event) % tuple(numbers)
+            except (TypeError, OverflowError):  # a list, a dict; a number beyond all floats
+                pass
+        return json.dumps(event) + "\n"
+
+    def _template(self, event: Event) -> str:
+        """The line of a step with these fields; Python writes finite numbers as JSON does."""
+        names = tuple(event)
+        if names not in self._templates:
+            fields = "".join(f', "{name}": %r' for name in names[1:])
+            self._templates[names] = f'{{"event": "step"{fields}}}\n'
+        return self._templates[names]
 
 
 def _timed(events: Iterator[Event], log: Path) -> Iterator[Event]:

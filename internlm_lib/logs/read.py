@@ -13,6 +13,7 @@ from internlm_lib.logs.lines import LONGEST, LogLines
 from internlm_lib.logs.megatron import MegatronReader
 from internlm_lib.logs.reader import Event, Reader, is_step
 from internlm_lib.logs.trainer_state import TrainerStateReader, is_trainer_state
+from internlm_lib.logs.values import as_text
 
 READERS: dict[str, type[Reader]] = {
     "megatron": MegatronReader,
@@ -98,7 +99,7 @@ def _checked_format(path: Path, format: str) -> str:
 
 def _nothing_found(path: Path, *tried: str) -> str:
     first = islice((line for line in LogLines(path) if line.strip()), _FIRST_LINES)
-    shown = "\n".join(f"  | {line[:120].decode(errors='replace')}" for line in first)
+    shown = "\n".join(f"  | {as_text(line[:120])}" for line in first)
     other = detect_format(path) if len(tried) == 1 else None
     remedy = (
         f"it looks like --format {other}: give that, or leave --format out"

@@ -55,8 +55,9 @@ def import_log(
         root: project root; found from the current folder by default.
         overwrite: replace a run that was imported before; never one that was trained.
     Returns:
-        `run`, `path`, `engine`, `layout`, `steps` (in force), `first_step`, `last_step`, `status`,
-        `last_loss`, `seconds`, and the counts of the `import` event.
+        `run`, `path`, `source`, `format`, `sha256`, `time` (of the import, Unix seconds), `engine`,
+        `layout`, `steps_logged` (repeated ones of restarts included), `first_step`, `last_step`,
+        `last_loss`, `status`, `seconds` (the import took), and the fields of the `import` event.
     Raises:
         InputError: the run exists already; or as `read_log`.
     """
@@ -141,10 +142,10 @@ def _write_journal(
 ) -> None:
     journal.parent.mkdir(parents=True)
     encode = _Encoder()
-    with journal.open("w", encoding="utf-8", buffering=1 << 20) as stream:
+    with journal.open("wb", buffering=1 << 20) as stream:
         for event in _timed(read_log(log, format, facts), log):
             written.note(event)
-            stream.write(encode(event))
+            stream.write(encode(event).encode())
         stream.flush()
         os.fsync(stream.fileno())
 
@@ -157,10 +158,10 @@ class _Encoder:
 
     def __call__(self, event: Event) -> str:
         if event["event"] == "step":
-            _, *numbers = event.values()
+            values = tuple(event.values())
             try:
-                if math.isfinite(sum(numbers)):
-                    return self._template(event) % tuple(numbers)
+                if math.isfinite(sum(values[1:])):
+                    return self._template(event) % values
             except (TypeError, OverflowError):  # a list, a dict; a number beyond all floats
                 pass
         return json.dumps(event) + "\n"
@@ -169,8 +170,8 @@ class _Encoder:
         """The line of a step with these fields; Python writes finite numbers as JSON does."""
         names = tuple(event)
         if names not in self._templates:
-            fields = "".join(f', "{name}": %r' for name in names[1:])
-            self._templates[names] = f'{{"event": "step"{fields}}}\n'
+            numbers = "".join(f', "{name}": %r' for name in names[1:])
+            self._templates[names] = f'{{"event": "%s"{numbers}}}\n'
         return self._templates[names]
 
 

@@ -48,6 +48,8 @@ _FIELDS: dict[str, tuple[str, type[int] | type[float]]] = {
 }
 """Name in the log → field of a `step` event; other names are left out."""
 
+_EMPTY_STEP: Event = {"event": "step", "time": None, "loss": math.nan}
+
 _KNOWN = (
     ("%|", "progress bar"),
     ("time (ms)", "timing"),
@@ -178,13 +180,16 @@ class _Shape:
     """Names of a line's fields in their order, compiled: most lines of a log have one of few."""
 
     def __init__(self, names: list[str]) -> None:
-        values = "".join(rf" {re.escape(name)}: *([^ |]+) \|" for name in names)
-        self._match = re.compile(rf"{_HEAD.pattern}{values}\s*$").match
-        fields = [("step", int), ("total", None)] + [_FIELDS.get(n, ("", None)) for n in names]
+        values = (r"([^ |]+)" if name in _FIELDS else r"[^ |]+" for name in names)
+        pairs = zip(names, values, strict=True)
+        pieces = "".join(rf" {re.escape(name)}: *{value} \|" for name, value in pairs)
+        self._match = re.compile(rf"{_HEAD.pattern}{pieces}\s*$").match
+        known = [_FIELDS[name] for name in names if name in _FIELDS]
+        fields = [("step", int), ("total", None), *known]
         self._ints = [kind is int for _, kind in fields]
         self._floats = [kind is float for _, kind in fields]
         order = [*compress(fields, self._ints), *compress(fields, self._floats)]
-        self._names = [field for field, _ in order]
+        self._names = [*_EMPTY_STEP, *(field for field, _ in order)]
 
     @classmethod
     def of(cls, line: str, head: "re.Match[str]") -> "list[_Shape]":
@@ -199,9 +204,9 @@ class _Shape:
             return None
         groups = match.groups()
         ints, floats = compress(groups, self._ints), compress(groups, self._floats)
-        event: Event = {"event": "step", "time": None, "loss": math.nan}
+        values = chain(_EMPTY_STEP.values(), map(int, ints), map(float, floats))
         try:
-            event.update(zip(self._names, chain(map(int, ints), map(float, floats)), strict=True))
+            event: Event = dict(zip(self._names, values, strict=True))
         except ValueError:
             return None
         if at > _SHORTEST_STAMP and event["time"] is None:
@@ -211,7 +216,7 @@ class _Shape:
 
 def _read_fields(head: "re.Match[str]", pieces: list[str]) -> Event | None:
     """A step from its head and `name: value` pieces; None if none of the pieces is known."""
-    event: Event = {"event": "step", "time": None, "step": int(head.group(1)), "loss": math.nan}
+    event = {**_EMPTY_STEP, "step": int(head.group(1))}
     known = False
     for piece in pieces:
         name, _, text = piece.partition(":")

@@ -61,9 +61,11 @@ def read_log(path: Path, format: str = "auto", facts: Facts | None = None) -> It
     tags = {"log_sha256": sha256_of(path)}
     source = {"imported": True, "format": chosen, "source": path.name, "tags": tags}
     book = Bookkeeper(reader, facts or Facts(), source)
+    parse, take = reader.parse, book.take
     for line in lines:
-        readable = len(line) <= LONGEST and not (lines.torn and not reader.is_whole(line))
-        yield from book.take(reader.parse(line) if readable else None, line)
+        unreadable = len(line) > LONGEST or (lines.torn and not reader.is_whole(line))
+        if events := take(None if unreadable else parse(line), line):
+            yield from events
     if book.training is None:
         raise InputError(_nothing_found(path, chosen))
     yield from book.finish()
@@ -102,9 +104,9 @@ def _nothing_found(path: Path, *tried: str) -> str:
     shown = "\n".join(f"  | {as_text(line[:120])}" for line in first)
     other = detect_format(path) if len(tried) == 1 else None
     remedy = (
-        f"it looks like --format {other}: give that, or leave --format out"
+        f"It looks like --format {other}: give that, or leave --format out"
         if other
-        else "give the log of the rank that prints the metrics (Megatron and AscendSpeed: the "
+        else "Give the log of the rank that prints the metrics (Megatron and AscendSpeed: the "
         "last one, on the last node), or a trainer_state.json"
     )
     return (

@@ -76,9 +76,9 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
 
 
 def test_a_wrong_format_is_told(read, shape):
-    with pytest.raises(InputError, match="it looks like --format megatron"):
+    with pytest.raises(InputError, match="It looks like --format megatron"):
         read(shape.ascendspeed(1), format="internevo")
-    with pytest.raises(InputError, match="it looks like --format megatron"):
+    with pytest.raises(InputError, match="It looks like --format megatron"):
         read(shape.ascendspeed(1), format="huggingface")
     with pytest.raises(InputError, match="allowed are auto, megatron"):
         read(shape.ascendspeed(1), format="csv")

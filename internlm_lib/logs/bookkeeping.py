@@ -2,12 +2,12 @@
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from internlm_lib.logs.facts import Facts, Training, settle
 from internlm_lib.logs.reader import FACT, Event, Parsed, Reader
-from internlm_lib.logs.values import rank_label
+from internlm_lib.logs.values import as_text, rank_label
 
 _RECENT = 64
 """Steps that are remembered, to tell another rank's late line from a step taken again."""
@@ -38,7 +38,7 @@ class Bookkeeper:
         self.examples: list[dict[str, Any]] = []
         self._starting = True
         """Whether the next step begins an attempt."""
-        self._recent: dict[int, tuple[Event, bytes]] = {}
+        self._recent: dict[int, tuple[Event, str]] = {}
         self._held_out: deque[tuple[Any, ...]] = deque(maxlen=_RECENT)
         """Validations and checkpoints of late, to know when another rank repeats one."""
         self._early: deque[Event] = deque(maxlen=_EARLY)
@@ -47,28 +47,29 @@ class Bookkeeper:
         self._interval: int | None = None
         self._time: float | None = None
 
-    def take(self, parsed: Parsed, line: bytes) -> "tuple[Event, ...] | list[Event]":
+    def take(self, parsed: Parsed, line: str) -> Sequence[Event]:
         """The journal events of a line; counts it."""
         self.lines += 1
         if self.reader.begins:
             self._begin()
         if self._starting:
             self.reader.header.note(line)
-        if isinstance(parsed, dict):  # nearly every line that gives anything
+        if isinstance(parsed, str):
+            if parsed == FACT:
+                self.counts["understood"] += 1
+            else:
+                self.ignored[parsed] += 1
+        elif isinstance(parsed, dict):
             given = self._accept(parsed, line)
             self.counts["duplicates" if given is None else "understood"] += 1
             return given or ()
-        if isinstance(parsed, list):
+        elif parsed is None:
+            self._remember(line)
+        else:
             accepted = [self._accept(event, line) for event in parsed]
             found = [given for given in accepted if given is not None]
             self.counts["understood" if found else "duplicates"] += 1
             return [event for given in found for event in given]
-        if parsed == FACT:
-            self.counts["understood"] += 1
-        elif parsed is None:
-            self._remember(line)
-        else:
-            self.ignored[parsed] += 1
         return ()
 
     def finish(self) -> Iterator[Event]:
@@ -107,36 +108,33 @@ class Bookkeeper:
         self._recent.clear()
         self._held_out.clear()
 
-    def _remember(self, line: bytes) -> None:
+    def _remember(self, line: str) -> None:
         self.counts["unknown"] += 1
         if len(self.examples) < _EXAMPLES:
-            text = line[:_EXAMPLE_LENGTH].decode(errors="replace")
+            text = as_text(line[:_EXAMPLE_LENGTH])
             self.examples.append({"line": self.lines, "text": text})
 
-    def _accept(self, event: Event, line: bytes) -> list[Event] | None:
+    def _accept(self, event: Event, line: str) -> list[Event] | None:
         """The journal events that a parsed one gives; None for a repetition."""
         time = event["time"]
         if time is not None and not 0 < time < _LATEST:
             time = event["time"] = None
-        accepted = (
-            self._accept_step(event, line)
-            if event["event"] == "step"
-            else self._accept_other(event)
-        )
+        is_step = event["event"] == "step"
+        accepted = self._accept_step(event, line) if is_step else self._accept_other(event)
         if accepted is not None and time is not None:
             self._time = time
         return accepted
 
-    def _accept_step(self, event: Event, line: bytes) -> list[Event] | None:
+    def _accept_step(self, event: Event, line: str) -> list[Event] | None:
         step = event["step"]
         if not self._starting and step <= self.last_step:
             if self._is_repetition(event, line):
                 return None
             self._begin()
+        before: list[Event] = []
         if self._starting:
             before = self._start(event)
         else:
-            before = []
             if (interval := step - self.last_step) > 1 and self.reader.averages:
                 self._interval = event["log_interval"] = interval
             else:
@@ -146,9 +144,10 @@ class Bookkeeper:
         self._recent[step] = (event, line)
         if len(self._recent) > _RECENT:
             del self._recent[next(iter(self._recent))]
-        return [*before, event]
+        before.append(event)
+        return before
 
-    def _is_repetition(self, event: Event, line: bytes) -> bool:
+    def _is_repetition(self, event: Event, line: str) -> bool:
         """Whether a step that is not new is a line seen before, and not the step taken again.
 
         It is if it has the same numbers, is of the step just read, or is another rank's.
@@ -207,8 +206,8 @@ class Bookkeeper:
         assert self.training is not None
         if event["loss"] != event["loss"]:
             self.counts["missing_losses"] += 1
-        if event.get("seq_length") == self.training.seq_length:
-            event.pop("seq_length", None)
+        if "seq_length" in event and event["seq_length"] == self.training.seq_length:
+            del event["seq_length"]
         if self._includes:
             event["includes"] = self._includes
             self._includes = []

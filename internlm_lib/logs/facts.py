@@ -103,8 +103,8 @@ def settle(header: Header, first: Event, facts: Facts, source: str) -> Training:
         shape = {key: preset[key] for key in shape}
     if wrong:
         raise InputError(
-            f"{source} contradicts what was given; leave out what the log says itself:\n  - "
-            + "\n  - ".join(wrong)
+            f"{source} and what was given contradict each other; leave out what the log says "
+            "itself:\n  - " + "\n  - ".join(wrong)
         )
     settled: dict[str, Any] = {name: given[name] or value for name, value in logged.items()}
     return Training(

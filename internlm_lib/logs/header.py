@@ -9,8 +9,8 @@ MAX_ARGUMENTS = 5000
 _MAX_LENGTH = 2000
 """Characters of an argument's value that are kept."""
 
-_NPU = re.compile(rb"(?<![a-z])npu|ascend(?!ing)|hccl", re.IGNORECASE)
-_CUDA = re.compile(rb"nvidia|nccl version|(?<![a-z.])cuda:\d", re.IGNORECASE)
+_NPU = re.compile(r"(?<![a-z])npu|ascend(?!ing)|hccl", re.IGNORECASE)
+_CUDA = re.compile(r"nvidia|nccl version|(?<![a-z.])cuda:\d", re.IGNORECASE)
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Header:
         """A header that knows of this one only where the log was written."""
         return Header(**{"program": self.program, "npu": self.npu, "cuda": self.cuda, **stated})
 
-    def note(self, line: bytes) -> None:
+    def note(self, line: str) -> None:
         """Look for the kind of device and the program in a line before the first step."""
         if not self.npu and _NPU.search(line):
             self.npu = True
@@ -41,9 +41,9 @@ class Header:
             self.cuda = True
         if self.program is None:
             text = line.lower()
-            if b"mindspeed" in text or b"modellink" in text:
+            if "mindspeed" in text or "modellink" in text:
                 self.program = "MindSpeed-LLM"
-            elif b"ascendspeed" in text:
+            elif "ascendspeed" in text:
                 self.program = "AscendSpeed"
 
     def add(self, name: str, value: str) -> None:

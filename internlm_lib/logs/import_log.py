@@ -1,6 +1,7 @@
 """A training log → a run of this kit, which can be looked at, compared and sent to MLflow."""
 
 import json
+import math
 import os
 import re
 import time
@@ -54,8 +55,9 @@ def import_log(
         root: project root; found from the current folder by default.
         overwrite: replace a run that was imported before; never one that was trained.
     Returns:
-        `run`, `path`, `engine`, `layout`, `steps` (in force), `first_step`, `last_step`, `status`,
-        `last_loss`, `seconds`, and the counts of the `import` event.
+        `run`, `path`, `source`, `format`, `sha256`, `time` (of the import, Unix seconds), `engine`,
+        `layout`, `steps_logged` (repeated ones of restarts included), `first_step`, `last_step`,
+        `last_loss`, `status`, `seconds` (the import took), and the fields of the `import` event.
     Raises:
         InputError: the run exists already; or as `read_log`.
     """
@@ -139,13 +141,38 @@ def _write_journal(
     journal: Path, log: Path, format: str, facts: Facts | None, written: _Written
 ) -> None:
     journal.parent.mkdir(parents=True)
-    encode = json.JSONEncoder(check_circular=False).encode
-    with journal.open("w", encoding="utf-8", buffering=1 << 20) as stream:
+    encode = _Encoder()
+    with journal.open("wb", buffering=1 << 20) as stream:
         for event in _timed(read_log(log, format, facts), log):
             written.note(event)
-            stream.write(encode(event) + "\n")
+            stream.write(encode(event).encode())
         stream.flush()
         os.fsync(stream.fileno())
+
+
+class _Encoder:
+    """JSON lines of events; of plain steps, which are nearly all, in half the time."""
+
+    def __init__(self) -> None:
+        self._templates: dict[tuple[str, ...], str] = {}
+
+    def __call__(self, event: Event) -> str:
+        if event["event"] == "step":
+            values = tuple(event.values())
+            try:
+                if math.isfinite(sum(values[1:])):
+                    return self._template(event) % values
+            except (TypeError, OverflowError):  # a list, a dict; a number beyond all floats
+                pass
+        return json.dumps(event) + "\n"
+
+    def _template(self, event: Event) -> str:
+        """The line of a step with these fields; Python writes finite numbers as JSON does."""
+        names = tuple(event)
+        if names not in self._templates:
+            numbers = "".join(f', "{name}": %r' for name in names[1:])
+            self._templates[names] = f'{{"event": "%s"{numbers}}}\n'
+        return self._templates[names]
 
 
 def _timed(events: Iterator[Event], log: Path) -> Iterator[Event]:

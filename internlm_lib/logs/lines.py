@@ -18,7 +18,8 @@ _ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\n]{0,200}\x07|[@-Z\\^_
 
 
 class LogLines:
-    """Iterates over a log's lines as bytes, without their ends and without colours.
+    """Iterates over a log's lines, without their ends and without colours, a character per byte
+    (Latin-1): text is searched several times faster than bytes (`values.as_text` gives UTF-8).
 
     A carriage return ends a line, too: a metric line may follow the states of a progress bar.
     """
@@ -34,7 +35,7 @@ class LogLines:
             raise InputError(f"{path}: no such log file; give the file that holds the training log")
         self.path = path
 
-    def __iter__(self) -> Iterator[bytes]:
+    def __iter__(self) -> Iterator[str]:
         rest = b""
         for block in self._blocks():
             data = rest + block
@@ -44,17 +45,18 @@ class LogLines:
                 data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
             if b"\x1b" in data:
                 data = _ANSI.sub(b"", data)
-            *whole, rest = data.split(b"\n")
-            yield from whole
+            whole, line_feed, rest = data.rpartition(b"\n")
+            if line_feed:
+                yield from whole.decode("latin-1").split("\n")
             rest += held
             if len(rest) > LONGEST:
-                yield rest
+                yield rest.decode("latin-1")
                 rest = b""
         if rest.endswith(b"\r") and self.damage is None:
-            yield rest[:-1]
+            yield rest[:-1].decode("latin-1")
         elif rest:
             self.torn = True
-            yield rest
+            yield rest.decode("latin-1")
 
     def _blocks(self) -> Iterator[bytes]:
         try:

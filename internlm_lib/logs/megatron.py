@@ -13,52 +13,54 @@ from pathlib import Path
 from internlm_lib.logs.header import Header
 from internlm_lib.logs.lines import LogLines
 from internlm_lib.logs.reader import FACT, Event, Lines, Parsed
-from internlm_lib.logs.values import count, number, unix_seconds
+from internlm_lib.logs.values import as_text, count, number, unix_seconds
 
-_HEAD = re.compile(rb"(?<!\w)iteration +(\d{1,15}) */ *(\d{1,15}) *\|")
-_FRAME = re.compile(rb"-{8,} *((?:[\w-]+ )?arguments) *-{8,}", re.IGNORECASE)
-_ARGUMENT = re.compile(rb"(?:^|\s)(\w{1,100}) (?:\.{2,}|(?<=\w{30} )\.?) ?(.*)$")
+_HEAD = re.compile(r"(?<!\w)iteration +(\d{1,15}) */ *(\d{1,15}) *\|")
+_FRAME = re.compile(r"(?<!-)-{8,} *((?:[\w-]+ )?arguments) *-{8,}", re.IGNORECASE)
+_ARGUMENT = re.compile(r"(?:^|\s)(\w{1,100}) (?:\.{2,}|(?<=\w{30} )\.?) ?(.*)$")
 """Dots fill the name up to 48 columns (32 in early versions); longer names have none."""
-_PARAMETERS = re.compile(rb"parameters on .*?rank \((\d{1,6}), (\d{1,6})\): (\d{1,18})\b")
-_HELD_OUT = re.compile(rb"lm loss value: *([^ |]+) *\|")
-_AT_ITERATION = re.compile(rb"iteration +(\d{1,15})\b")
-_MEMORY = re.compile(rb"\| max allocated: *([\d.]+)")
+_PARAMETERS = re.compile(r"parameters on .*?rank \((\d{1,6}), (\d{1,6})\): (\d{1,18})\b")
+_HELD_OUT = re.compile(r"lm loss value: *([^ |]+) *\|")
+_AT_ITERATION = re.compile(r"iteration +(\d{1,15})\b")
+_MEMORY = re.compile(r"\| max allocated: *([\d.]+)")
 _MAX_SHAPES = 16
 _SHORTEST_STAMP = len("2024-05-01 10:11:12")
 
-_FIELDS: dict[bytes, tuple[str, type[int] | type[float]]] = {
-    b"current time": ("time", float),
-    b"consumed samples": ("consumed_samples", int),
-    b"consumed tokens": ("consumed_tokens", int),
-    b"elapsed time per iteration (ms)": ("step_seconds", float),
-    b"learning rate": ("lr", float),
-    b"global batch size": ("global_batch_size", int),
-    b"lm loss": ("loss", float),
-    b"loss scale": ("loss_scale", float),
-    b"grad norm": ("grad_norm", float),
-    b"actual seqlen": ("seq_length", int),
-    b"actual seq length": ("seq_length", int),
-    b"number of skipped iterations": ("skipped", int),
-    b"number of nan iterations": ("nan_iterations", int),
-    b"samples per second": ("logged_samples_per_second", float),
-    b"tokens per gpu per second (tgs)": ("tokens_per_second_per_device", float),
-    b"tokens/sec/gpu": ("tokens_per_second_per_device", float),
-    b"TFLOPs": ("logged_tflops_per_device", float),
-    b"throughput per GPU (TFLOP/s/GPU)": ("logged_tflops_per_device", float),
+_FIELDS: dict[str, tuple[str, type[int] | type[float]]] = {
+    "current time": ("time", float),
+    "consumed samples": ("consumed_samples", int),
+    "consumed tokens": ("consumed_tokens", int),
+    "elapsed time per iteration (ms)": ("step_seconds", float),
+    "learning rate": ("lr", float),
+    "global batch size": ("global_batch_size", int),
+    "lm loss": ("loss", float),
+    "loss scale": ("loss_scale", float),
+    "grad norm": ("grad_norm", float),
+    "actual seqlen": ("seq_length", int),
+    "actual seq length": ("seq_length", int),
+    "number of skipped iterations": ("skipped", int),
+    "number of nan iterations": ("nan_iterations", int),
+    "samples per second": ("logged_samples_per_second", float),
+    "tokens per gpu per second (tgs)": ("tokens_per_second_per_device", float),
+    "tokens/sec/gpu": ("tokens_per_second_per_device", float),
+    "TFLOPs": ("logged_tflops_per_device", float),
+    "throughput per GPU (TFLOP/s/GPU)": ("logged_tflops_per_device", float),
 }
 """Name in the log → field of a `step` event; other names are left out."""
 
+_EMPTY_STEP: Event = {"event": "step", "time": None, "loss": math.nan}
+
 _KNOWN = (
-    (b"%|", "progress bar"),
-    (b"time (ms)", "timing"),
-    (b"across ranks (ms)", "timing"),
-    (b"..: (", "timing"),
-    (b"datetime: ", "time of day"),
-    (b"checkpoint", "checkpoint on its way"),
-    (b"arning", "warning"),
-    (b"WARN", "warning"),
-    (b" > ", "start-up message"),
-    (b"> ", "start-up message"),
+    ("%|", "progress bar"),
+    ("time (ms)", "timing"),
+    ("across ranks (ms)", "timing"),
+    ("..: (", "timing"),
+    ("datetime: ", "time of day"),
+    ("checkpoint", "checkpoint on its way"),
+    ("arning", "warning"),
+    ("WARN", "warning"),
+    (" > ", "start-up message"),
+    ("> ", "start-up message"),
 )
 """What a line holds that is known and not needed → its kind; the first that fits."""
 
@@ -82,12 +84,12 @@ class MegatronReader:
     def lines(self, path: Path) -> Lines:
         return LogLines(path)
 
-    def is_whole(self, line: bytes) -> bool:
-        return line.rstrip().endswith(b"|")
+    def is_whole(self, line: str) -> bool:
+        return line.rstrip().endswith("|")
 
-    def parse(self, line: bytes) -> Parsed:
-        if b"iteration" in line:
-            at = line.find(b"iteration ")
+    def parse(self, line: str) -> Parsed:
+        if "iteration" in line:
+            at = line.find("iteration ")
             for shape in self._shapes:
                 if event := shape.read(line, at):
                     return self._with_memory(event)
@@ -95,7 +97,7 @@ class MegatronReader:
                 return steps
         return self._read_other(line)
 
-    def _read_steps(self, line: bytes) -> Event | list[Event] | None:
+    def _read_steps(self, line: str) -> Event | list[Event] | None:
         """The steps of a line whose shape is new, or that other text is mixed into."""
         heads = list(_HEAD.finditer(line))
         if not heads:
@@ -103,7 +105,7 @@ class MegatronReader:
         ends = [*(head.start() for head in heads[1:]), len(line)]
         events = []
         for head, end in zip(heads, ends, strict=True):
-            *closed, _ = line[head.end() : end].split(b"|")  # what no bar ends may be cut
+            *closed, _ = line[head.end() : end].split("|")  # what no bar ends may be cut
             if event := _read_fields(head, closed):
                 events.append(
                     {**event, "time": event["time"] or unix_seconds(line[: head.start()])}
@@ -123,52 +125,52 @@ class MegatronReader:
             self._memory = None
         return event
 
-    def _read_other(self, line: bytes) -> Parsed:
+    def _read_other(self, line: str) -> Parsed:
         if not line or line.isspace():
             return "blank"
         if self._in_arguments and (argument := _ARGUMENT.search(line)):
-            name, value = (part.decode(errors="replace") for part in argument.groups())
+            name, value = map(as_text, argument.groups())
             self.header.add(name, value.strip())
             return FACT
-        if b"----" in line:
+        if "----" in line:
             return self._read_ruler(line)
-        if b"loss at" in line and (held_out := _read_held_out(line)):
+        if "loss at" in line and (held_out := _read_held_out(line)):
             return held_out
-        if b"successfully saved" in line and (at := _AT_ITERATION.search(line)):
+        if "successfully saved" in line and (at := _AT_ITERATION.search(line)):
             return {"event": "checkpoint", "time": unix_seconds(line), "step": int(at.group(1))}
-        if b"parameters on" in line and (found := _PARAMETERS.search(line)):
+        if "parameters on" in line and (found := _PARAMETERS.search(line)):
             tensor, pipeline, parameters = map(int, found.groups())
             self.header.parameters_of_rank[tensor, pipeline] = parameters
             return FACT
-        if b"memory (MB)" in line and (allocated := _MEMORY.search(line)):
+        if "memory (MB)" in line and (allocated := _MEMORY.search(line)):
             megabytes = number(allocated.group(1))
             if megabytes is not None and megabytes < 1e9:
                 self._memory = max(megabytes, self._memory or 0.0)
             return FACT
-        if b"[" in line and (milestone := self._read_milestone(line)):
+        if "[" in line and (milestone := self._read_milestone(line)):
             return milestone
         for needle, kind in _KNOWN:
             if needle in line:
                 return kind
         return None
 
-    def _read_ruler(self, line: bytes) -> str:
-        if frame := _FRAME.search(line):
-            title, _, more = frame.group(1).decode().partition(" ")
+    def _read_ruler(self, line: str) -> str:
+        if "rguments" in line and (frame := _FRAME.search(line)):
+            title, _, more = frame.group(1).partition(" ")
             self.header = self.header.renewed(**({"program": title} if more else {}))
             self._in_arguments = self.begins = True
             return FACT
-        if b"end of" in line:
+        if "end of" in line:
             self._in_arguments = False
         return "ruler"
 
-    def _read_milestone(self, line: bytes) -> Parsed:
+    def _read_milestone(self, line: str) -> Parsed:
         """`[before the start of training step] datetime: …` and its like."""
-        if b"[before the start of training" in line:
+        if "[before the start of training" in line:
             self.begins, self.header.time = True, unix_seconds(line)
             return FACT
-        done = b"[after training is done]" in line
-        if done or b"[exiting program" in line:
+        done = "[after training is done]" in line
+        if done or "[exiting program" in line:
             status = "done" if done else "stopped"
             return {"event": "end", "time": unix_seconds(line), "status": status}
         return None
@@ -177,31 +179,34 @@ class MegatronReader:
 class _Shape:
     """Names of a line's fields in their order, compiled: most lines of a log have one of few."""
 
-    def __init__(self, names: list[bytes]) -> None:
-        values = b"".join(rb" *%s: *([^ |]+) *\|" % re.escape(name) for name in names)
-        self._match = re.compile(_HEAD.pattern + values + rb"\s*$").match
-        fields = [("step", int), ("total", None)] + [_FIELDS.get(n, ("", None)) for n in names]
+    def __init__(self, names: list[str]) -> None:
+        values = (r"([^ |]+)" if name in _FIELDS else r"[^ |]+" for name in names)
+        pairs = zip(names, values, strict=True)
+        pieces = "".join(rf" {re.escape(name)}: *{value} \|" for name, value in pairs)
+        self._match = re.compile(rf"{_HEAD.pattern}{pieces}\s*$").match
+        known = [_FIELDS[name] for name in names if name in _FIELDS]
+        fields = [("step", int), ("total", None), *known]
         self._ints = [kind is int for _, kind in fields]
         self._floats = [kind is float for _, kind in fields]
         order = [*compress(fields, self._ints), *compress(fields, self._floats)]
-        self._names = [field for field, _ in order]
+        self._names = [*_EMPTY_STEP, *(field for field, _ in order)]
 
     @classmethod
-    def of(cls, line: bytes, head: "re.Match[bytes]") -> "list[_Shape]":
+    def of(cls, line: str, head: "re.Match[str]") -> "list[_Shape]":
         """The shape of a line, unless it is not made of fields to its end."""
-        names = [piece.partition(b":")[0].strip() for piece in line[head.end() :].split(b"|")[:-1]]
+        names = [piece.partition(":")[0].strip() for piece in line[head.end() :].split("|")[:-1]]
         shape = cls(names)
         return [shape] if 0 < len(names) < 90 and shape.read(line, head.start()) else []
 
-    def read(self, line: bytes, at: int) -> Event | None:
+    def read(self, line: str, at: int) -> Event | None:
         """The step of a line whose head begins at `at`; None if it has another shape."""
         if (match := self._match(line, at)) is None:
             return None
         groups = match.groups()
         ints, floats = compress(groups, self._ints), compress(groups, self._floats)
-        event: Event = {"event": "step", "time": None, "loss": math.nan}
+        values = chain(_EMPTY_STEP.values(), map(int, ints), map(float, floats))
         try:
-            event.update(zip(self._names, chain(map(int, ints), map(float, floats)), strict=True))
+            event: Event = dict(zip(self._names, values, strict=True))
         except ValueError:
             return None
         if at > _SHORTEST_STAMP and event["time"] is None:
@@ -209,12 +214,12 @@ class _Shape:
         return _in_seconds(event)
 
 
-def _read_fields(head: "re.Match[bytes]", pieces: list[bytes]) -> Event | None:
+def _read_fields(head: "re.Match[str]", pieces: list[str]) -> Event | None:
     """A step from its head and `name: value` pieces; None if none of the pieces is known."""
-    event: Event = {"event": "step", "time": None, "step": int(head.group(1)), "loss": math.nan}
+    event = {**_EMPTY_STEP, "step": int(head.group(1))}
     known = False
     for piece in pieces:
-        name, _, text = piece.partition(b":")
+        name, _, text = piece.partition(":")
         if name.strip() in _FIELDS:
             known = True
             field, kind = _FIELDS[name.strip()]
@@ -230,17 +235,17 @@ def _in_seconds(event: Event) -> Event:
     return event
 
 
-def _read_held_out(line: bytes) -> Event | None:
+def _read_held_out(line: str) -> Event | None:
     """`validation loss at iteration N | lm loss value: …`, or `… at the end of training for …`."""
-    begin = line.find(b"loss at")
-    where, _, values = line[begin:].partition(b"|")
+    begin = line.find("loss at")
+    where, _, values = line[begin:].partition("|")
     found = _HELD_OUT.search(values)
     loss = number(found.group(1)) if found else None
     if loss is None:
         return None
     at = _AT_ITERATION.search(where)
     return {
-        "event": "test" if b"test" in where else "validation",
+        "event": "test" if "test" in where else "validation",
         "time": unix_seconds(line[:begin]),
         "step": int(at.group(1)) if at else None,
         "loss": loss,

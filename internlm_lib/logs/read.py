@@ -13,6 +13,7 @@ from internlm_lib.logs.lines import LONGEST, LogLines
 from internlm_lib.logs.megatron import MegatronReader
 from internlm_lib.logs.reader import Event, Reader, is_step
 from internlm_lib.logs.trainer_state import TrainerStateReader, is_trainer_state
+from internlm_lib.logs.values import as_text
 
 READERS: dict[str, type[Reader]] = {
     "megatron": MegatronReader,
@@ -60,9 +61,11 @@ def read_log(path: Path, format: str = "auto", facts: Facts | None = None) -> It
     tags = {"log_sha256": sha256_of(path)}
     source = {"imported": True, "format": chosen, "source": path.name, "tags": tags}
     book = Bookkeeper(reader, facts or Facts(), source)
+    parse, take = reader.parse, book.take
     for line in lines:
-        readable = len(line) <= LONGEST and not (lines.torn and not reader.is_whole(line))
-        yield from book.take(reader.parse(line) if readable else None, line)
+        unreadable = len(line) > LONGEST or (lines.torn and not reader.is_whole(line))
+        if events := take(None if unreadable else parse(line), line):
+            yield from events
     if book.training is None:
         raise InputError(_nothing_found(path, chosen))
     yield from book.finish()
@@ -98,12 +101,12 @@ def _checked_format(path: Path, format: str) -> str:
 
 def _nothing_found(path: Path, *tried: str) -> str:
     first = islice((line for line in LogLines(path) if line.strip()), _FIRST_LINES)
-    shown = "\n".join(f"  | {line[:120].decode(errors='replace')}" for line in first)
+    shown = "\n".join(f"  | {as_text(line[:120])}" for line in first)
     other = detect_format(path) if len(tried) == 1 else None
     remedy = (
-        f"it looks like --format {other}: give that, or leave --format out"
+        f"It looks like --format {other}: give that, or leave --format out"
         if other
-        else "give the log of the rank that prints the metrics (Megatron and AscendSpeed: the "
+        else "Give the log of the rank that prints the metrics (Megatron and AscendSpeed: the "
         "last one, on the last node), or a trainer_state.json"
     )
     return (

@@ -23,7 +23,7 @@ class Lines(Protocol):
     torn: bool
     damage: str | None
 
-    def __iter__(self) -> Iterator[bytes]: ...
+    def __iter__(self) -> Iterator[str]: ...
 
 
 class Reader(Protocol):
@@ -47,9 +47,9 @@ class Reader(Protocol):
 
     def lines(self, path: Path) -> Lines: ...
 
-    def parse(self, line: bytes) -> Parsed: ...
+    def parse(self, line: str) -> Parsed: ...
 
-    def is_whole(self, line: bytes) -> bool:
+    def is_whole(self, line: str) -> bool:
         """Whether a last line without an end can be trusted to hold all its numbers."""
         ...
 

@@ -43,8 +43,8 @@ class _Entries:
     def __init__(self, state: dict[str, Any]) -> None:
         self._entries = state["log_history"]
 
-    def __iter__(self) -> Iterator[bytes]:
-        return (json.dumps(entry).encode() for entry in self._entries)
+    def __iter__(self) -> Iterator[str]:
+        return (json.dumps(entry) for entry in self._entries)
 
 
 class TrainerStateReader:
@@ -60,7 +60,7 @@ class TrainerStateReader:
     def lines(self, path: Path) -> Lines:
         """Raises InputError if the file is damaged or is no trainer state."""
         try:
-            state = json.loads(b"\n".join(LogLines(path)))
+            state = json.loads("\n".join(LogLines(path)).encode("latin-1"))
             entries = state["log_history"]
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise InputError(
@@ -74,10 +74,10 @@ class TrainerStateReader:
                 self.header.add(key, str(int(state[name])))
         return _Entries(state)
 
-    def is_whole(self, line: bytes) -> bool:
+    def is_whole(self, line: str) -> bool:
         return True
 
-    def parse(self, line: bytes) -> Parsed:
+    def parse(self, line: str) -> Parsed:
         entry = json.loads(line)
         if not isinstance(entry, dict) or not _is_count(entry.get("step")):
             return None

@@ -1,4 +1,4 @@
-"""Numbers, times and rank labels as logs write them."""
+"""Numbers, texts, times and rank labels as logs write them."""
 
 import re
 from datetime import date
@@ -6,16 +6,21 @@ from functools import lru_cache
 
 _EPOCH = date(1970, 1, 1).toordinal()
 _STAMP = re.compile(
-    rb"(\d{4}-\d\d-\d\d)[ T](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9}))?\s?(?:(Z)|([+-])(\d\d):?(\d\d))?"
+    r"(\d{4}-\d\d-\d\d)[ T](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9}))?\s?(?:(Z)|([+-])(\d\d):?(\d\d))?"
 )
 _RANK = re.compile(
-    rb"(?:rank|default|worker)[ _]?(\d+)\]?:|^\s*(\d+):\s|^\[\d+,(\d+)\]<", re.IGNORECASE
+    r"(?:rank|default|worker)[ _]?(\d+)\]?:|^\s*(\d+):\s|^\[\d+,(\d+)\]<", re.IGNORECASE
 )
 """What torchrun (`[rank3]:`, `[default7]:`), srun (`7: `) and mpirun (`[1,0]<stdout>:`) put before
 a rank's lines."""
 
 
-def number(text: bytes) -> float | None:
+def as_text(characters: str) -> str:
+    """What a line of `LogLines`, a character per byte, says in UTF-8."""
+    return characters.encode("latin-1").decode(errors="replace")
+
+
+def number(text: str) -> float | None:
     """A float, NaN and infinities included; None if it is none."""
     try:
         return float(text)
@@ -23,14 +28,14 @@ def number(text: bytes) -> float | None:
         return None
 
 
-def count(text: bytes) -> int | None:
+def count(text: str) -> int | None:
     try:
         return int(text)
     except ValueError:
         return None
 
 
-def unix_seconds(text: bytes) -> float | None:
+def unix_seconds(text: str) -> float | None:
     """The last time stamp in `text`: what stands nearest to a message is its own.
 
     Without a zone it counts as UTC: logs do not say where they were written.
@@ -45,19 +50,19 @@ def unix_seconds(text: bytes) -> float | None:
     seconds = 86400 * days + 3600 * int(hour) + 60 * int(minute) + int(second)
     if sign:
         offset = 3600 * int(zone_hours) + 60 * int(zone_minutes)
-        seconds += offset if sign == b"-" else -offset
-    return seconds + float(b"0." + fraction) if fraction else float(seconds)
+        seconds += offset if sign == "-" else -offset
+    return seconds + float("0." + fraction) if fraction else float(seconds)
 
 
 @lru_cache(maxsize=16)
-def _days(day: bytes) -> int | None:
+def _days(day: str) -> int | None:
     try:
-        return date.fromisoformat(day.decode()).toordinal() - _EPOCH
+        return date.fromisoformat(day).toordinal() - _EPOCH
     except ValueError:
         return None
 
 
-def rank_label(line: bytes) -> bytes | None:
+def rank_label(line: str) -> str | None:
     """The rank a launcher says this line is from; None where it says nothing."""
     found = _RANK.search(line[:200])
     return next(group for group in found.groups() if group) if found else None

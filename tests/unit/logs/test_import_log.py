@@ -12,6 +12,7 @@ from internlm_lib.files import sha256_of
 from internlm_lib.journal import events, read_journal, training_steps
 from internlm_lib.logs.facts import Facts
 from internlm_lib.logs.import_log import import_log
+from internlm_lib.logs.read import read_log
 from internlm_lib.reporting.loss import compare_losses
 from internlm_lib.reporting.performance import performance
 from internlm_lib.reporting.training import read_training
@@ -68,6 +69,26 @@ def test_times_only_go_forward_and_tell_attempts_apart(log, root, shape):
         starts = [event["time"] for event in told if event["event"] == "start"]
         assert len(set(starts)) == len(starts) == 2
     assert times[0] == 1714557600.0  # the log's own where it has one
+
+
+def test_the_journal_holds_what_was_read(tmp_path, root, shape):
+    """Plain steps and all others: those with NaN, infinities, lists, dicts, huge numbers."""
+    log = tmp_path / "odd.log"
+    held_out = " validation loss at iteration 2 | lm loss value: 4.5E+00 | lm loss PPL: 9E+01 | \n"
+    odd = {"grad norm": "inf", "consumed samples": "9" * 400}
+    log.write_text(
+        shape.ascendspeed(1) + shape.ascendspeed(2, loss=0.0) + held_out + shape.ascendspeed(3)
+        + shape.ascendspeed(4, **odd) + shape.ascendspeed(5)
+    )  # fmt: skip
+    import_log(log, root=root)
+    journal = RunFolder.of("odd", root).training("candidate").journal
+    written = [event for event, _ in read_journal(journal)]
+    read = [{**event, "time": at["time"]} for event, at in zip(read_log(log), written, strict=True)]
+    assert list(map(repr, map(sorted_items, written))) == list(map(repr, map(sorted_items, read)))
+
+
+def sorted_items(event):
+    return sorted(event.items())
 
 
 def test_reports_read_an_imported_run(log, root):

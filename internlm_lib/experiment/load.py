@@ -25,6 +25,13 @@ NOTEBOOK_PARAMETERS: tuple[str, ...] = ("run_name", *SECTIONS, "overrides")
 DEFAULT_PARAMS = "tiny.yaml"
 
 
+RECORDS = {
+    "imported": "was imported from a log",
+    "comparison": "is a comparison",
+}
+"""Section of `experiment.yaml` → what a run that has it is, instead of an experiment's."""
+
+
 def load_params(path: Path) -> dict[str, Any]:
     """Read a params file as plain values, unchecked but for being a YAML mapping.
 
@@ -78,13 +85,14 @@ def resolve(
         source: named at the head of an error, e.g. the file.
     Raises:
         ConfigError: lists every problem found.
-        InputError: the values are those of a run that was imported from a log.
+        InputError: the values are those of one of `RECORDS`.
     """
-    if "imported" in values:
-        raise InputError(
-            f"{source}: this run was imported from a log; it cannot be trained, because the log "
-            "does not hold its whole experiment. Write a params file for it (see params/)"
-        )
+    for kind, found in RECORDS.items():
+        if kind in values:
+            raise InputError(
+                f"{source}: this run {found}; it cannot be trained, as that is not a whole "
+                "experiment. Write a params file for it (see params/)"
+            )
     problems: list[str] = []
     merged = _merge(values, overrides, problems)
     run_name = _read_run_name(merged.pop("run_name", None), default_run_name, problems)
@@ -111,9 +119,20 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
 
 
 def save_experiment(path: Path, run_name: str, experiment: Experiment) -> Path:
-    """Write the resolved experiment as YAML that `load_experiment` reads back equal."""
+    """Write the resolved experiment as YAML that `load_experiment` reads back equal.
+
+    Raises InputError if the run is one of `RECORDS`, which an experiment would falsify.
+    """
+    if (kind := record_kind(path)) is not None:
+        raise InputError(f"{path}: this run {RECORDS[kind]}; give another --run-name")
     values = {"run_name": run_name, **experiment.model_dump(mode="json")}
     return write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def record_kind(path: Path) -> str | None:
+    """Which of `RECORDS` a run's `experiment.yaml` is; None for an experiment, or no file."""
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    return next((kind for kind in RECORDS if kind in (values or {})), None)
 
 
 def _merge(

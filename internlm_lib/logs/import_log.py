@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from internlm_lib.errors import InputError
+from internlm_lib.experiment.load import record_kind
 from internlm_lib.files import atomic_path
 from internlm_lib.journal import Journal
 from internlm_lib.logs.facts import Facts
@@ -220,7 +221,7 @@ def _name_of(path: Path) -> str:
 def _check_free(folder: RunFolder, overwrite: bool) -> None:
     if not folder.path.exists():
         return
-    if not folder.experiment.is_file() or "imported" not in _values(folder.experiment):
+    if record_kind(folder.experiment) != "imported":
         raise InputError(
             f"{folder.path}: this run was not imported, and an import does not replace it; "
             "give another --run-name"
@@ -230,8 +231,3 @@ def _check_free(folder: RunFolder, overwrite: bool) -> None:
             f"{folder.path}: this run was imported already; give another --run-name, or "
             "--overwrite to import it again"
         )
-
-
-def _values(path: Path) -> dict[str, Any]:
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return values if isinstance(values, dict) else {}

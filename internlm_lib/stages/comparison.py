@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from internlm_lib.errors import InputError
+from internlm_lib.experiment.load import record_kind
 from internlm_lib.files import write_text
 from internlm_lib.model.arithmetic import MODEL_FLOPS_CONVENTION
 from internlm_lib.reporting.published import FORMULAS
@@ -47,7 +48,7 @@ def compare_sources(comparison: Comparison, root: Path) -> dict[str, Any]:
     Returns:
         The result, as of stage 04; `stages.compare.check_verdict` says what follows from it.
     Raises:
-        InputError: a source is none, before anything is written.
+        InputError: a source is none, or the name is taken, before anything is written.
         NotComparableError: the trainings have no step in common.
     """
     if comparison.convention not in FORMULAS:
@@ -71,6 +72,8 @@ def compare_sources(comparison: Comparison, root: Path) -> dict[str, Any]:
         command=_command(comparison),
     )
     folder = RunFolder.of(comparison.run_name or _name(comparison), root)
+    if folder.experiment.exists() and record_kind(folder.experiment) != "comparison":
+        raise InputError(f"{folder.path}: this run is no comparison; give another --run-name")
     write_text(folder.experiment, _HEADER + yaml.safe_dump(_described(comparison), sort_keys=False))
     record = begin_record("04_compare", folder)
     try:

@@ -2,16 +2,20 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from internlm_lib.cli import app
+from internlm_lib.errors import InputError
+from internlm_lib.experiment.load import load_experiment, save_experiment
 from internlm_lib.journal import Journal, events
 from internlm_lib.run_folder import RunFolder
 
 STEPS = 80
+TINY = Path(__file__).resolve().parents[2] / "params" / "tiny.yaml"
 TRACKING = {"tracking": {"uri": None, "experiment": "internlm"}}
 RESULT = {
     "steps", "mean_relative_error", "max_relative_error", "max_relative_error_step",
@@ -148,6 +152,7 @@ def test_repeats_give_a_noise_ratio(home):
         (("--reference", "gpu", "--candidate", "npu", "--flops", "8N"), "allowed are 6N"),
         (("--reference", "gpu", "--candidate", "npu", "--tolerance", "0"), "a share above 0"),
         (("--reference", "gpu", "--candidate", "npu", "--noise-floor", "npu"), "two or more"),
+        (("--reference", "gpu", "--candidate", "npu", "--run-name", "npu"), "is no comparison"),
     ],
 )
 def test_bad_input_has_exit_code_2_and_writes_nothing(home, arguments, words):
@@ -179,3 +184,15 @@ def test_a_run_of_another_tracking_server_is_compared_by_its_id(home):
     assert (code, result["verdict"]) == (0, "pass"), said
     assert result["performance"]["reference"]["device"] == "A100"
     assert not any("on trust" in r and "data_sha256" in r for r in result["reasons"])
+
+
+def test_a_comparison_is_neither_trained_nor_overwritten_by_a_training(home):
+    write_run(home, "gpu", losses())
+    write_run(home, "npu", losses())
+    compare("--reference", "gpu", "--candidate", "npu", "--run-name", "both")
+    path = RunFolder.of("both", home).experiment
+    with pytest.raises(InputError, match="this run is a comparison; it cannot be trained"):
+        load_experiment(path)
+    _, experiment = load_experiment(TINY)
+    with pytest.raises(InputError, match="is a comparison; give another --run-name"):
+        save_experiment(path, "both", experiment)

@@ -63,7 +63,8 @@ def read_training(journal: Path, name: str) -> LoggedTraining:
 
     Raises InputError if it holds no start or no step.
     """
-    training = from_events((event for event, _ in read_journal(journal)), name, str(journal))
+    origin = f"run {journal.parents[2].name}/{journal.parent.name}"
+    training = from_events((event for event, _ in read_journal(journal)), name, origin)
     if training is None:
         raise InputError(
             f"{journal}: the {name} training recorded no step; run notebooks/03_train.ipynb again "

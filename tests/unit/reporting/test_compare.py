@@ -111,6 +111,7 @@ def test_the_reference_may_be_another_run(begin, folder, write_training):
     trainings = compare.load_trainings(begin(**other))
     assert trainings.reference.name == "reference: megatron TP1 PP1 DP2, cuda"
     assert trainings.rows[0]["last_loss"] == 1.25
+    assert [row["read from"] for row in trainings.rows] == ["run gpu", "run r/candidate"]
 
 
 def test_a_reference_that_was_asked_for_must_be_there(begin, folder, write_training):

@@ -215,10 +215,11 @@ def test_steps_without_a_partner_are_left_out_and_named():
 
 def test_batches_of_another_size_are_paired_by_tokens():
     ours = logged(np.linspace(4.0, 2.0, 41), tokens_per_step=100)  # 4.0 at 100 tokens, 2.0 at 4100
-    theirs = logged(4.0 - 2.0 * (250 * np.arange(1, 17) - 100) / 4000, tokens_per_step=250)
+    theirs = logged(4.0 - 2.0 * (250 * np.arange(1, 18) - 100) / 4000, tokens_per_step=250)
     comparison = compare_losses(ours, theirs, 0.02)
     assert comparison.pairing.by == "consumed tokens"
-    assert comparison.statistics()["steps"] == 16
+    assert comparison.statistics()["steps"] == 16  # the 17th is at 4250 tokens
+    assert any("1 of the candidate's 17 steps" in reason for reason in comparison.reasons)
     assert comparison.loss.relative.max() < 1e-12
 
 

@@ -22,6 +22,8 @@ _HOW_NOT_WHAT = {
         "micro_batch_size",
         "use_flash_attn",
         "use_fused_rmsnorm",
+        "use_fused_rotary_pos_emb",
+        "use_fused_swiglu",
         "recompute_granularity",
         "recompute_method",
         "recompute_num_layers",

@@ -17,6 +17,11 @@ class Device(abc.ABC):
     backend: str
     """torch.distributed backend that ranks on this device talk through."""
 
+    @property
+    def kernels(self) -> str:
+        """Whose implementations of `kernels.Kernels` a model on this device computes with."""
+        return self.name
+
     @abc.abstractmethod
     def available(self) -> bool:
         """Whether this machine can run on it now."""

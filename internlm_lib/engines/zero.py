@@ -48,8 +48,7 @@ class ZeroEngine:
                 lr=training.lr,
                 betas=(optimizer.adam_beta1, optimizer.adam_beta2),
                 eps=optimizer.adam_eps,
-                # What torch has a fused kernel for; on an NPU it has none.
-                fused=next(gpt.parameters()).device.type in ("cpu", "cuda"),
+                fused=True,  # on every device: torch_npu brings a kernel, too
             ),
             config=_deepspeed_config(layout, training, optimizer, gpt.config.hidden_size),
             mpu=_Topology(),

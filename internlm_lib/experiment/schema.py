@@ -184,9 +184,14 @@ class TrainingSection(Section):
     lr_warmup_fraction: Fraction = 0.0
     """Warm-up steps as a fraction of lr_decay_iters (as Megatron counts)."""
     use_flash_attn: Flag = True
-    """Fused attention (torch's scaled_dot_product_attention) instead of explicit scores."""
+    """The device's fused attention instead of explicit scores. Which operator each device has for
+    this and the next three: `kernels/`."""
     use_fused_rmsnorm: Flag = True
-    """torch's rms_norm operator instead of its formula spelled out."""
+    """The device's RMSNorm instead of its formula spelled out."""
+    use_fused_rotary_pos_emb: Flag = True
+    """The device's rotary embedding instead of its formula spelled out."""
+    use_fused_swiglu: Flag = True
+    """The device's SwiGLU instead of its formula spelled out."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Activations computed again in the backward pass: `full` (of whole layers), `selective` (of
     every layer's core attention; with fused attention that saves next to nothing), or none."""
@@ -218,6 +223,12 @@ class TrainingSection(Section):
     training, take the next batch, or go back to the last checkpoint and on after that batch."""
     loss_spike_factor: Annotated[Number, Field(gt=1)] | None = None
     """A loss above this × the median of the last 32 steps is a spike; null: none is."""
+
+    @property
+    def kernel_switches(self) -> dict[str, bool]:
+        """The four `use_…` keys, by name."""
+        names = {"use_flash_attn", "use_fused_rmsnorm"}
+        return self.model_dump(include=names | {"use_fused_rotary_pos_emb", "use_fused_swiglu"})
 
     @property
     def recompute_policy(self) -> str:

@@ -1,36 +1,53 @@
-"""Root mean square normalisation, fused or spelled out."""
+"""Root mean square normalisation. Arguments and result: `kernels.Kernels.rms_norm`."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from internlm_lib.kernels import meta
+from internlm_lib.errors import InputError
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, fused: bool) -> Tensor:
-    """x / √(mean(x²) + eps) · weight over the last dimension.
-
-    Args:
-        x: [..., hidden], any floating dtype.
-        weight: [hidden].
-        fused: torch's operator, or in float32 on a CPU, where that is no kernel but some ten passes
-            over memory, `_RmsNormOnCpu`; otherwise the formula of LlamaRMSNorm: statistics in
-            float32, cast back to x's dtype before the weight is applied.
-    Returns:
-        Same shape and dtype as x.
-    """
-    if fused and x.is_meta:
-        out: Tensor = meta.FusedRMSNorm.apply(x, weight)
-        return out
-    if fused and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
-        result: Tensor = _RmsNormOnCpu.apply(x, weight, eps)
-        return result
-    if fused:
-        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
-    x32 = x.float()
-    normalised = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The formula of LlamaRMSNorm: statistics in float32 (or float64 for float64), cast back to x's
+    dtype before the weight is applied."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normalised = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normalised.to(x.dtype)
+
+
+def torch_operator(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """torch's own, a fused kernel on a GPU."""
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+
+
+def on_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """In float32 one of our own: torch's is no kernel there but some ten passes over memory."""
+    if not x.dtype == weight.dtype == torch.float32:
+        return torch_operator(x, weight, eps)
+    result: Tensor = _RmsNormOnCpu.apply(x, weight, eps)
+    return result
+
+
+def on_npu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """CANN's. Raises InputError for a weight of another dtype than x, or of another shape than x's
+    last dimension: the operator's meta kernel takes any."""
+    import torch_npu
+
+    if weight.dtype != x.dtype or weight.shape != x.shape[-1:]:
+        raise InputError(
+            f"RMSNorm on an NPU: x is {list(x.shape)} {x.dtype}, the weight {list(weight.shape)} "
+            f"{weight.dtype}; it must be [{x.shape[-1]}] {x.dtype}: set training.precision to the "
+            "weights' dtype, or training.use_fused_rmsnorm: false"
+        )
+    out: Tensor = torch_npu.npu_rms_norm(x, weight, epsilon=eps)[0]
+    return out
+
+
+def on_meta(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """No numbers, but what a fused operator keeps: torch itself would keep fp32 copies there."""
+    out: Tensor = _RmsNormOnMeta.apply(x, weight)
+    return out
 
 
 class _RmsNormOnCpu(torch.autograd.Function):
@@ -55,3 +72,17 @@ class _RmsNormOnCpu(torch.autograd.Function):
         correction = along.mul_(scale.pow(3)).div_(hidden)
         of_x = (gradient * weight).mul_(scale).addcmul_(x, correction, value=-1)
         return of_x, of_weight, None
+
+
+class _RmsNormOnMeta(torch.autograd.Function):
+    """Keeps its input, its weight, and 1 / √(mean(x²) + eps), [..., 1] in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)

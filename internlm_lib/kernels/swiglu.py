@@ -1,21 +1,36 @@
-"""The gated activation of the MLP, saving its input and nothing else for the backward pass."""
+"""The gated activation of the MLP. Argument and result: `kernels.Kernels.swiglu`."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from internlm_lib.errors import InputError
 
-def swiglu(gate_and_up: Tensor) -> Tensor:
-    """silu(gate) · up.
 
-    Args:
-        gate_and_up: [..., 2 × ffn], gate first, any floating dtype.
-    Returns:
-        [..., ffn], same dtype.
-    """
+def reference(gate_and_up: Tensor) -> Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def in_place(gate_and_up: Tensor) -> Tensor:
+    """Keeps its input and nothing else for the backward pass."""
     result: Tensor = _SwiGLU.apply(gate_and_up)
     return result
+
+
+def on_npu(gate_and_up: Tensor) -> Tensor:
+    """CANN's, which takes the gate first, as Megatron's linear_fc1 gives it. Raises InputError for
+    a last dimension that has no two halves: the operator's meta kernel rounds it down."""
+    import torch_npu
+
+    if gate_and_up.shape[-1] % 2:
+        raise InputError(
+            f"SwiGLU on an NPU: the last dimension of {list(gate_and_up.shape)} is not two halves, "
+            "gate and up; give both the same width"
+        )
+    out: Tensor = torch_npu.npu_swiglu(gate_and_up, dim=-1)
+    return out
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from internlm_lib.devices import Device
 from internlm_lib.experiment.schema import Layout, ModelSection, TrainingSection
+from internlm_lib.kernels import Kernels, kernels_of
 from internlm_lib.model.arithmetic import padded_vocab_size
 from internlm_lib.model.gpt import InternLM
 from internlm_lib.model.precision import DTYPES
-from internlm_lib.model.spec import layer_spec, norm_spec, use_fused_rotary
+from internlm_lib.model.spec import layer_spec, norm_spec, use_rotary
 
 
 def build_gpt_model(
@@ -33,16 +34,13 @@ def build_gpt_model(
     Args:
         vp_stage: of an interleaved layout, which of the stage's chunks (see `build_chunks`).
     """
+    kernels = kernels_of(device.kernels, **training.kernel_switches)
+    use_rotary(kernels)
     config = transformer_config(model, layout, training, device)
-    spec = layer_spec(
-        attention_bias=model.attention_bias,
-        use_flash_attn=training.use_flash_attn,
-        use_fused_rmsnorm=training.use_fused_rmsnorm,
-    )
     gpt = InternLM(
         real_vocab_size=model.vocab_size,
         config=config,
-        transformer_layer_spec=_block_spec(config, spec, training.use_fused_rmsnorm),
+        transformer_layer_spec=_block_spec(config, kernels, model.attention_bias),
         vocab_size=padded_vocab_size(model, layout.tensor_model_parallel_size),
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -73,8 +71,7 @@ def transformer_config(
     training: TrainingSection,
     device: Device,
 ) -> TransformerConfig:
-    """megatron-core's configuration of an InternLM; its fusions that need CUDA or Apex are off."""
-    use_fused_rotary()
+    """megatron-core's configuration of an InternLM; its own fusions are off, the kernels' on."""
     full = training.recompute_granularity == "full"
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
@@ -113,7 +110,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=True,
-        # Not TransformerEngine's: the spec's own activation, `kernels.swiglu`.
+        # Not TransformerEngine's, here and above: `model.spec` puts the kernels in their place.
         use_te_activation_func=True,
         persist_layer_norm=False,
         # Pipeline neighbours exchange tensors one by one: gloo has no batched device-side order.
@@ -130,9 +127,12 @@ def _leave_undefined(weight: Tensor) -> Tensor:
 
 
 def _block_spec(
-    config: TransformerConfig, spec: object, use_fused_rmsnorm: bool
+    config: TransformerConfig, kernels: Kernels, attention_bias: bool
 ) -> TransformerBlockSubmodules:
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     chunks = config.virtual_pipeline_model_parallel_size or 1
-    layers = [spec] * (config.num_layers // (stages * chunks))
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm_spec(use_fused_rmsnorm))
+    layer = layer_spec(kernels, attention_bias=attention_bias)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * (config.num_layers // (stages * chunks)),
+        layer_norm=norm_spec(kernels),
+    )

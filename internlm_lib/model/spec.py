@@ -3,6 +3,7 @@
 Import only after `Device.adapt_megatron()`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,47 +13,44 @@ from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from torch import Tensor
 
-from internlm_lib.kernels.attention import causal_attention
-from internlm_lib.kernels.rmsnorm import rms_norm
-from internlm_lib.kernels.rotary import rotary
-from internlm_lib.kernels.swiglu import swiglu
+from internlm_lib.kernels import Kernels
 from internlm_lib.model.layer import RecomputingLayer
 
 
-def layer_spec(
-    *, attention_bias: bool, use_flash_attn: bool, use_fused_rmsnorm: bool
-) -> ModuleSpec:
-    """Spec of one transformer layer.
+def layer_spec(kernels: Kernels, *, attention_bias: bool) -> ModuleSpec:
+    """Spec of one transformer layer, which computes with `kernels`.
 
-    megatron-core gives q, k, v their bias by `add_qkv_bias`; the bias on o has no switch there
-    without one in the MLP too, hence `RowParallelLinearWithBias`.
+    Of these, rotary is not part of a spec: see `use_rotary`. megatron-core gives q, k, v their bias
+    by `add_qkv_bias`; the bias on o has no switch there without one in the MLP too, hence
+    `RowParallelLinearWithBias`.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.module = RecomputingLayer
-    norm = norm_spec(use_fused_rmsnorm)
+    norm = norm_spec(kernels)
     spec.submodules.input_layernorm = norm
     spec.submodules.pre_mlp_layernorm = norm
     # Stands where TransformerEngine's would; the configuration asks for it.
-    spec.submodules.mlp.submodules.activation_func = swiglu
+    spec.submodules.mlp.submodules.activation_func = kernels.swiglu
     attention = spec.submodules.self_attention.submodules
     if attention_bias:
         attention.linear_proj = RowParallelLinearWithBias
-    if use_flash_attn:
-        attention.core_attention = FusedCausalAttention
+    attention.core_attention = ModuleSpec(
+        module=CausalAttention, params={"attend": kernels.attention}
+    )
     return spec
 
 
-def use_fused_rotary() -> None:
-    """Give megatron-core `kernels.rotary` where TransformerEngine's fused one is not installed.
+def use_rotary(kernels: Kernels) -> None:
+    """Give megatron-core `kernels.rotary` where it would take TransformerEngine's fused one.
 
-    Call before a TransformerConfig with `apply_rope_fusion` is made.
+    Call before a TransformerConfig with `apply_rope_fusion` is made. It holds for all models of the
+    process.
     """
-    if rope_utils.fused_apply_rotary_pos_emb is None:
-        rope_utils.fused_apply_rotary_pos_emb = rotary
+    rope_utils.fused_apply_rotary_pos_emb = kernels.rotary
 
 
-def norm_spec(fused: bool) -> ModuleSpec:
-    return ModuleSpec(module=RMSNorm, params={"fused": fused})
+def norm_spec(kernels: Kernels) -> ModuleSpec:
+    return ModuleSpec(module=RMSNorm, params={"normalise": kernels.rms_norm})
 
 
 class RowParallelLinearWithBias(RowParallelLinear):
@@ -66,11 +64,15 @@ class RMSNorm(torch.nn.Module):
     """megatron-core's own torch norm refuses sequence parallelism; this one marks its weight."""
 
     def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float, fused: bool = True
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float,
+        normalise: Callable[[Tensor, Tensor, float], Tensor],
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.fused = fused
+        self.normalise = normalise
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # finalize_model_grads sums the gradients of marked parameters over tensor parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
@@ -78,14 +80,20 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # An alias, on which the norm's own gradients are summed before the residual's is added: the
         # same order, and so the same bits, as when the norm is recomputed (`model/layer.py`).
-        return rms_norm(x.view_as(x), self.weight, self.eps, fused=self.fused)
+        return self.normalise(x.view_as(x), self.weight, self.eps)
 
 
-class FusedCausalAttention(torch.nn.Module):
-    """Core attention through `kernels.attention`; stands where DotProductAttention would."""
+class CausalAttention(torch.nn.Module):
+    """Core attention through a kernel; stands where DotProductAttention would."""
 
-    def __init__(self, config: TransformerConfig, **megatron_arguments: Any) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        **megatron_arguments: Any,
+    ) -> None:
         super().__init__()
+        self.attend = attend
 
     def forward(
         self,
@@ -95,5 +103,6 @@ class FusedCausalAttention(torch.nn.Module):
         attention_mask: Tensor | None = None,
         **megatron_arguments: Any,
     ) -> Tensor:
-        """[s, b, heads, head_dim] three times → [s, b, heads × head_dim]; always causal."""
-        return causal_attention(query, key, value)
+        """[s, b, heads, head_dim] and, twice, [t, b, heads, head_dim] with t ≥ s → [s, b, heads ×
+        head_dim]; always causal, whatever mask megatron gives."""
+        return self.attend(query, key, value)

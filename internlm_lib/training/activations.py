@@ -232,7 +232,7 @@ def _inputs(experiment: Experiment, layout: Layout, device: Device) -> dict[str,
     """All that a choice depends on."""
     read = (
         "auto_recompute_device_memory_mib", "precision", "seq_length", "micro_batch_size",
-        "global_batch_size", "use_flash_attn", "use_fused_rmsnorm",
+        "global_batch_size", *experiment.training.kernel_switches,
     )  # fmt: skip
     return {
         "model": experiment.model.model_dump(mode="json"),

@@ -44,7 +44,12 @@ SETTINGS: dict[str, tuple[Layout, dict[str, Any], tuple[str, ...]]] = {
     "megatron TP2 SP": (SEQUENCE_PARALLEL, {}, (*POLICIES, *CHOSEN)),
     "megatron TP2 SP, operators spelled out": (
         SEQUENCE_PARALLEL,
-        {"use_flash_attn": False, "use_fused_rmsnorm": False},
+        {
+            "use_flash_attn": False,
+            "use_fused_rmsnorm": False,
+            "use_fused_rotary_pos_emb": False,
+            "use_fused_swiglu": False,
+        },
         ("none", "selective", "input_layernorm", "core_attention", "all parts"),
     ),
     "megatron PP2": (

@@ -26,7 +26,6 @@ left out, where gloo would copy it. All points:
 
 import contextlib
 import functools
-import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -37,16 +36,12 @@ from typing import Any
 import torch
 
 from internlm_lib.devices.megatron_modules import import_megatron
+from internlm_lib.devices.megatron_points import name_tensor_types, use_fused_adam
 
 _FACTORIES = (
     "tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "randint",
     "zeros_like", "ones_like", "empty_like", "full_like",
 )  # fmt: skip
-_CPU_TENSOR_TYPES = {
-    "torch.cuda.FloatTensor": "torch.FloatTensor",
-    "torch.cuda.HalfTensor": "torch.HalfTensor",
-    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
-}
 
 
 def adapt(device: str = "cpu") -> None:
@@ -59,10 +54,11 @@ def adapt(device: str = "cpu") -> None:
     import_megatron()
     _rebind_torch(device)
     _rebind_rng()
-    _swap_tensor_types()
+    name_tensor_types("torch")
     _load_loss_scale_in_place()
     _accumulate_gradients_in_products()
     _leave_out_copies()
+    use_fused_adam()
 
 
 class _NullStream:
@@ -133,22 +129,6 @@ class CpuInPlaceOfCuda(types.ModuleType):
         torch.manual_seed(seed)
 
 
-class FusedAdamW(torch.optim.AdamW):
-    """torch's AdamW in one pass over memory instead of a dozen; the same formula."""
-
-    def __init__(self, params: Any, **settings: Any) -> None:
-        super().__init__(params, **{"fused": True, **settings})
-
-
-class OptimizersOnCpu(types.ModuleType):
-    """`torch.optim` as megatron's modules see it."""
-
-    AdamW = FusedAdamW
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.optim, name)
-
-
 class TorchOnCpu(types.ModuleType):
     """`torch` as megatron's modules see it."""
 
@@ -170,7 +150,6 @@ def _on(device: str, factory: Callable[..., torch.Tensor]) -> Callable[..., torc
 def _proxy(device: str) -> TorchOnCpu:
     proxy = TorchOnCpu("torch")
     proxy.cuda = CpuInPlaceOfCuda("torch.cuda", device)  # type: ignore[attr-defined]
-    proxy.optim = OptimizersOnCpu("torch.optim")  # type: ignore[attr-defined]
     for name in _FACTORIES:
         setattr(proxy, name, _on(device, getattr(torch, name)))
     return proxy
@@ -202,18 +181,6 @@ def _rebind_rng() -> None:
 
     random._set_cuda_rng_state = set_state
     random._get_cuda_rng_state = get_state
-
-
-def _swap_tensor_types() -> None:
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
-
-    functions = [
-        clip_grads.clip_grad_by_total_norm_fp32,
-        optimizer.Float16OptimizerWithFloat16Params.__init__,
-        *_methods(distrib_optimizer.DistributedOptimizer),
-    ]
-    for function in functions:
-        function.__code__ = _with_cpu_types(function.__code__)
 
 
 def _load_loss_scale_in_place() -> None:
@@ -269,17 +236,3 @@ class _UnlessAlone:
         if group.size() == 1 and in_place and not options.get("async_op"):
             return None
         return self.collective(output, source, group=group, **options)
-
-
-def _methods(cls: type) -> list[types.FunctionType]:
-    plain = (inspect.unwrap(getattr(v, "__func__", v)) for v in vars(cls).values())
-    return [function for function in plain if isinstance(function, types.FunctionType)]
-
-
-def _with_cpu_types(value: Any) -> Any:
-    """The same constant or code object with CUDA tensor type names replaced, at any depth."""
-    if isinstance(value, types.CodeType):
-        return value.replace(co_consts=tuple(_with_cpu_types(c) for c in value.co_consts))
-    if isinstance(value, (tuple, frozenset)):
-        return type(value)(_with_cpu_types(item) for item in value)
-    return _CPU_TENSOR_TYPES.get(value, value) if isinstance(value, str) else value

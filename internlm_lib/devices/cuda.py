@@ -1,4 +1,4 @@
-"""NVIDIA GPUs. megatron-core is written for them: nothing is adapted."""
+"""NVIDIA GPUs. megatron-core is written for them: only its choice of AdamW is adapted."""
 
 from typing import TYPE_CHECKING
 
@@ -49,4 +49,7 @@ class CudaDevice(Device):
         return torch.cuda.max_memory_allocated()
 
     def adapt_megatron(self) -> None:
+        from internlm_lib.devices.megatron_points import use_fused_adam
+
         import_megatron()
+        use_fused_adam()

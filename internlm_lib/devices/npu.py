@@ -1,10 +1,9 @@
-"""Ascend NPUs through torch_npu, whose `transfer_to_npu` makes torch.cuda calls torch.npu's."""
+"""Ascend NPUs, through torch_npu; megatron-core adapted by `npu_megatron`."""
 
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from internlm_lib.devices.base import Device
-from internlm_lib.devices.megatron_modules import import_megatron
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +37,9 @@ class NpuDevice(Device):
         return _npu().max_memory_allocated()
 
     def adapt_megatron(self) -> None:
-        import torch_npu.contrib.transfer_to_npu  # noqa: F401
+        from internlm_lib.devices.npu_megatron import adapt
 
-        import_megatron()
+        adapt()
 
 
 def _npu() -> Any:

@@ -43,7 +43,8 @@ HEAVY = (
     "lm_eval", "papermill", "nbconvert", "IPython", "sentencepiece", "rich",
 )  # fmt: skip
 MAY_LOAD_HEAVY = ("model/", "engines/", "weights/", "generation/", "evaluation/", "kernels/",
-                  "training/", "devices/cpu_megatron.py", "data/")  # fmt: skip
+                  "training/", "devices/cpu_megatron.py", "devices/megatron_points.py",
+                  "data/")  # fmt: skip
 """Modules that are themselves only imported where their packages are needed."""
 
 IMPORT_SECONDS = 0.3

@@ -17,6 +17,17 @@ class MetaDevice(CpuDevice):
     name = "meta"
     backend = "fake"
 
+    def __init__(self, kernels: str = "meta") -> None:
+        """Args:
+        kernels: see `kernels.kernels_of`; another device's need its package, and that to have
+            kernels for the meta device.
+        """
+        self._kernels = kernels
+
+    @property
+    def kernels(self) -> str:
+        return self._kernels
+
     def current(self) -> "torch.device":
         import torch
 

@@ -54,10 +54,12 @@ def build_stages(experiment: Experiment, layout: Layout) -> list[RankBuild]:
     return [build_rank(experiment, layout, stage * in_stage) for stage in stages]
 
 
-def build_rank(experiment: Experiment, layout: Layout, rank: int) -> RankBuild:
+def build_rank(
+    experiment: Experiment, layout: Layout, rank: int, device: MetaDevice | None = None
+) -> RankBuild:
     begin = time.perf_counter()
-    device, training = MetaDevice(), experiment.training
-    with rank_on_meta(experiment, layout, rank) as gpt:
+    device, training = device or MetaDevice(), experiment.training
+    with rank_on_meta(experiment, layout, rank, device) as gpt:
         layer = measure_layer(gpt, training, device)
         memory = measure_rank([gpt], training, layout, device)
         output, kept = counted(forward_pass(gpt, training, device), gpt.parameters())
@@ -82,7 +84,9 @@ def build_rank(experiment: Experiment, layout: Layout, rank: int) -> RankBuild:
 
 
 @contextmanager
-def rank_on_meta(experiment: Experiment, layout: Layout, rank: int) -> Iterator[GPTModel]:
+def rank_on_meta(
+    experiment: Experiment, layout: Layout, rank: int, device: MetaDevice
+) -> Iterator[GPTModel]:
     """The part of the model that `rank` of the layout has."""
     with pretend_to_be(rank, layout.world_size):
         parallel_state.initialize_model_parallel(
@@ -93,6 +97,6 @@ def rank_on_meta(experiment: Experiment, layout: Layout, rank: int) -> Iterator[
         )
         tensor_parallel.model_parallel_cuda_manual_seed(experiment.training.seed)
         try:
-            yield build_gpt_model(experiment.model, layout, experiment.training, MetaDevice())
+            yield build_gpt_model(experiment.model, layout, experiment.training, device)
         finally:
             parallel_state.destroy_model_parallel()

@@ -64,8 +64,8 @@ def _transfer() -> None:
     early = [name for name in sys.modules if name.startswith("megatron.core")]
     if early:
         raise RuntimeError(f"{early[0]} was imported before {patch}: it already holds CUDA's names")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a page of text about what it replaces, in every rank
+    # It says on a page of text what it replaces, in every rank, whatever the filters are.
+    with warnings.catch_warnings(record=True):
         importlib.import_module(patch)
 
 

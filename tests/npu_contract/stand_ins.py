@@ -1,9 +1,10 @@
 """CPU kernels for operators of torch_npu, under their real schemas, forward and backward.
 
-They compute what torch_npu's documentation says and insist on its limits, which its own meta kernels
-do not. What it says and these do not model (dropout, position biases, packed sequences …) they
-refuse. A backward pass goes through the operator's real `*_backward` schema, on the meta device too,
-where torch_npu has the kernels but no derivative. None of this tells what a device rounds.
+They compute what torch_npu's documentation says and insist on its limits, which its own meta
+kernels do not. What it says and these do not model (dropout, position biases, packed sequences …)
+they refuse. A backward pass goes through the operator's real `*_backward` schema, on the meta
+device too, where torch_npu has the kernels but no derivative. None of this tells what a device
+rounds.
 
 Import only in a process that has torch_npu. Importing registers everything.
 """
@@ -14,9 +15,14 @@ from typing import Any
 import torch
 import torch_npu  # noqa: F401
 from torch import Tensor
+from torch_npu.op_plugin.meta import _meta_registrations
 
 MASK_SIZE = 2048
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+# The meta kernel of attention asks a device for its generation once, to warn of something else.
+assert _meta_registrations._npu_fusion_attention_warning_printed is False
+_meta_registrations._npu_fusion_attention_warning_printed = True
 
 _LIBRARY = torch.library.Library("npu", "IMPL")
 _OPERATORS = torch.ops.npu
@@ -33,7 +39,7 @@ def _named(name: str, kernel: Callable[..., Any], first: int) -> Callable[..., A
     names = [argument.name for argument in arguments[first:]]
 
     def call(*values: Any, **options: Any) -> Any:
-        return kernel(*values[:first], **dict(zip(names, values[first:])), **options)
+        return kernel(*values[:first], **dict(zip(names, values[first:], strict=False)), **options)
 
     return call
 
@@ -84,7 +90,12 @@ def attention_backward(
 
 def _mask_options(options: dict[str, Any]) -> dict[str, Any]:
     """What decides about the mask; refuses what is asked for besides."""
-    known = {"atten_mask": None, "sparse_mode": 0, "pre_tockens": 2**31 - 1, "next_tockens": 2**31 - 1}
+    known = {
+        "atten_mask": None,
+        "sparse_mode": 0,
+        "pre_tockens": 2**31 - 1,
+        "next_tockens": 2**31 - 1,
+    }
     free = {"inner_precise", "gen_mask_parallel", "sync", "seed", "offset", "numels"}
     defaults = {"keep_prob": 1.0, "softmax_layout": ""}
     for name, value in options.items():
@@ -213,7 +224,9 @@ def _rotated(x: Tensor, mode: str) -> Tensor:
 
 def _check_rotary(x: Tensor, r1: Tensor, r2: Tensor, mode: str, rotate: Tensor | None) -> None:
     _require(mode in ("half", "interleave") and rotate is None, f"rotary_mode {mode!r}")
-    _require(x.ndim == 4 and x.dtype == r1.dtype == r2.dtype, f"x {x.ndim}-d, {x.dtype}, {r1.dtype}")
+    _require(
+        x.ndim == 4 and x.dtype == r1.dtype == r2.dtype, f"x {x.ndim}-d, {x.dtype}, {r1.dtype}"
+    )
     s, b, n, d = x.shape  # SBND: so the kit has it
     allowed = [(s, 1, 1, d), (s, b, 1, d), (s, b, n, d)]
     _require(r1.shape == r2.shape and tuple(r1.shape) in allowed, f"r1 {list(r1.shape)} for SBND")

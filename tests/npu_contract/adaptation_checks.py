@@ -5,7 +5,9 @@ instead, or fails with the name of the function of CANN that is not there.
 """
 
 import ast
+import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch_npu
 from internlm_lib.devices.npu import NpuDevice
 from internlm_lib.devices.npu_megatron import adapt
 from internlm_lib.errors import InputError
+from tests.npu_contract import cuda_points
 
 PACKAGE = Path(__file__).resolve().parents[2] / "internlm_lib"
 
@@ -120,6 +123,14 @@ def process_groups_of_nccl_are_hccls() -> None:
     assert NpuDevice().backend == "hccl"
 
 
+def what_is_listed_as_transferred_is_torch_npus() -> None:
+    """`cuda_points.yaml` says of these points that transfer_to_npu answers them."""
+    listed = cuda_points.read().answered("npu", "transferred")
+    assert len(listed) > 10
+    elsewhere = {what for what in listed if not _is_torch_npus(what)}
+    assert not elsewhere, elsewhere
+
+
 def a_second_call_changes_nothing() -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -154,10 +165,29 @@ CHECKS: Sequence[Callable[[], None]] = (
     adam_of_torch_npu_would_move_megatrons_buffers,
     deepspeed_takes_the_npu,
     process_groups_of_nccl_are_hccls,
+    what_is_listed_as_transferred_is_torch_npus,
     a_second_call_changes_nothing,
     another_accelerator_in_the_environment_is_refused,
     the_device_is_not_available_and_nothing_raises,
 )
+
+
+def _is_torch_npus(what: str) -> bool:
+    """Whether a point, as `megatron_cuda.py` writes it, leads into torch_npu in this process."""
+    if what == ".cuda":
+        return torch.Tensor.cuda is torch.Tensor.npu  # type: ignore[attr-defined]
+    if what == 'partial(device_type="cuda")':  # of torch.amp's decorators
+        return _is_wrapped(torch.amp.custom_fwd) and _is_wrapped(torch.amp.custom_bwd)
+    if what.endswith('(device="cuda")'):
+        return _is_wrapped(getattr(torch, what.split("(")[0].removeprefix("torch.")))
+    path = what.removeprefix("from ").replace(" import ", ".").removeprefix("torch.")
+    found = functools.reduce(getattr, path.split("."), torch)
+    return inspect.unwrap(found).__module__.startswith(("torch_npu.", "torch.npu"))
+
+
+def _is_wrapped(function: Any) -> bool:
+    """By transfer_to_npu, which replaces "cuda" in the arguments."""
+    return Path(function.__code__.co_filename).stem == "transfer_to_npu"
 
 
 def _reaches_cann(work: Callable[[], Any]) -> None:

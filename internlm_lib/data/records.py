@@ -22,6 +22,20 @@ class Record:
     output: str
 
 
+@dataclass(frozen=True)
+class Row:
+    """One row of a file of records, its columns called by their canonical names."""
+
+    values: Mapping[str, Any]
+    """As read: text, list, number or None."""
+    where: str
+    """File and position, for messages: `a.parquet, row 17`, `a.jsonl, line 18`."""
+
+
+class RecordError(InputError):
+    """A record that cannot be used."""
+
+
 def read_records(path: Path) -> Iterator[Record]:
     """Yield the records of a file, or of all files of a folder in the order of their names.
 

@@ -19,11 +19,12 @@ not rendered:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import repr as short_repr
 from typing import Any
 
 from internlm_lib.data.documents import Span
 from internlm_lib.data.records import RecordError, Row
-from internlm_lib.data.tokenizer import Tokenizer, check_encodable
+from internlm_lib.data.tokenizer import Tokenizer
 from internlm_lib.errors import InputError
 
 MARKERS = ("<eoh>", "<eoa>")
@@ -168,7 +169,9 @@ def _turns(row: Row) -> tuple[str, Sequence[Any]]:
         )
     turns = row.values[filled[0]]
     if isinstance(turns, str) or not isinstance(turns, Sequence) or not turns:
-        raise RecordError(f"{row.where}: column {filled[0]!r} = {turns!r} is no list of turns")
+        raise RecordError(
+            f"{row.where}: column {filled[0]!r} = {short_repr(turns)} is no list of turns"
+        )
     return filled[0], turns
 
 
@@ -182,9 +185,5 @@ def _message(turn: Any, where: str) -> Message:
     if not isinstance(role, str) or role not in _ROLES:
         raise RecordError(f"{where}: role {role!r} is not rendered; known are {', '.join(_ROLES)}")
     if not isinstance(text, str) or not text.strip():
-        raise RecordError(f"{where}: {keys[1]!r} = {text!r} is no text")
-    try:
-        check_encodable(text)
-    except InputError as error:
-        raise RecordError(f"{where}: {error}") from error
+        raise RecordError(f"{where}: {keys[1]!r} = {short_repr(text)} is no text")
     return Message(_ROLES[role], text)

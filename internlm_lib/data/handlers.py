@@ -17,7 +17,7 @@ tokenizer and is a `Handler`:
             pass
 
         def document(self, row):
-            question, letter = text_of(row, "question"), text_of(row, "letter")
+            question, letter = text_of(row, "question"), text_of(row, "letter")  # of data.records
             return [Span(question + "\\nAnswer:", trained=False), Span(" " + letter)]
 """
 
@@ -37,8 +37,8 @@ from internlm_lib.data.chat import (
 )
 from internlm_lib.data.documents import Span, encode_document, encode_documents, span_text
 from internlm_lib.data.prompts import TEMPLATES, Template
-from internlm_lib.data.records import RecordError, Row
-from internlm_lib.data.tokenizer import Tokenizer, check_encodable
+from internlm_lib.data.records import RecordError, Row, text_of
+from internlm_lib.data.tokenizer import Tokenizer
 from internlm_lib.errors import InputError
 
 __all__ = [
@@ -52,9 +52,7 @@ __all__ = [
     "encode_documents",
     "handler",
     "handler_names",
-    "optional_text_of",
     "span_text",
-    "text_of",
 ]
 
 ENTRY_POINT_GROUP = "internlm_lib.handlers"
@@ -129,7 +127,9 @@ class TemplateHandler:
     optional_columns: tuple[str, ...] = ("input",)
 
     def document(self, row: Row) -> Sequence[Span]:
-        prompt = self.template.prompt(text_of(row, "instruction"), optional_text_of(row, "input"))
+        prompt = self.template.prompt(
+            text_of(row, "instruction"), text_of(row, "input", optional=True)
+        )
         answer = text_of(row, "output") + self.template.end
         if self.kind == "pretrain":
             return [Span(prompt + self.template.joint + answer)]
@@ -200,26 +200,6 @@ def handler_names() -> list[str]:
     return list(
         dict.fromkeys([*HANDLERS, *(e.name for e in entry_points(group=ENTRY_POINT_GROUP))])
     )
-
-
-def text_of(row: Row, column: str) -> str:
-    """A text column of a row. Raises RecordError if it is missing, null or no text."""
-    if column not in row.values:
-        found = ", ".join(map(str, row.values))
-        raise RecordError(f"{row.where}: column {column!r} is missing; found {found}")
-    value = row.values[column]
-    if not isinstance(value, str):
-        raise RecordError(f"{row.where}: column {column!r} = {value!r} is not text")
-    try:
-        check_encodable(value)
-    except InputError as error:
-        raise RecordError(f"{row.where}: column {column!r}: {error}") from error
-    return value
-
-
-def optional_text_of(row: Row, column: str) -> str:
-    """The same of a column that may be missing or null: then the text is empty."""
-    return "" if row.values.get(column) is None else text_of(row, column)
 
 
 def _class_of(name: str) -> Any:

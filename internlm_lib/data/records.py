@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any
 
 from internlm_lib.errors import InputError
@@ -33,7 +34,23 @@ class Row:
 
 
 class RecordError(InputError):
-    """A record that cannot be used."""
+    """A record that cannot be read or used; the message says where it lies. Others may be fine."""
+
+
+def text_of(row: Row, name: str, *, optional: bool = False) -> str:
+    """The text of a row's value; of an optional one that is null or missing "".
+
+    Raises RecordError.
+    """
+    value = row.values.get(name)
+    if isinstance(value, str):
+        return value
+    if value is None and optional:
+        return ""
+    if name not in row.values:
+        found = ", ".join(map(str, row.values))
+        raise RecordError(f"{row.where}: column {name!r} is missing; found {found}")
+    raise RecordError(f"{row.where}: column {name!r} = {short_repr(value)} is not text")
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -127,7 +127,7 @@ class Tokenizer:
         try:
             return processor.encode(text, add_bos=add_bos, add_eos=add_eos)
         except RuntimeError:
-            check_encodable(text)
+            _check_encodable(text)
             raise
 
     def encode_batch(
@@ -146,7 +146,7 @@ class Tokenizer:
                 list(texts), add_bos=add_bos, add_eos=add_eos, num_threads=num_threads
             )
         except TypeError:
-            check_encodable(*texts)
+            _check_encodable(*texts)
             raise
         for number, text in enumerate(texts):
             if _BLANK in text:
@@ -200,7 +200,7 @@ class Tokenizer:
         return False
 
 
-def check_encodable(*texts: str) -> None:
+def _check_encodable(*texts: str) -> None:
     """Raises InputError if a text has no UTF-8 form: JSON can hold half a surrogate pair."""
     for text in texts:
         try:

@@ -124,7 +124,6 @@ def test_input_may_be_missing_null_or_empty(name: str, tokenizer: Tokenizer) -> 
         ("alpaca", RECORD | {"output": None}, "column 'output' = None is not text"),
         ("alpaca", RECORD | {"instruction": 7}, "column 'instruction' = 7 is not text"),
         ("alpaca", RECORD | {"input": ["x"]}, r"column 'input' = \['x'\] is not text"),
-        ("alpaca", RECORD | {"input": "a\ud83d"}, "column 'input': not text: half a surrogate"),
         ("alpaca_instruction", {"output": "b"}, "column 'instruction' is missing"),
         ("pretrain", {"body": "x"}, "column 'text' is missing; found body"),
         ("pretrain", {"text": None}, "column 'text' = None is not text"),
@@ -155,6 +154,22 @@ def test_a_prompt_is_what_was_trained_on(name: str, tokenizer: Tokenizer) -> Non
     assert ids[: len(asked)] == asked
     if made.kind == "instruction":
         assert labels[len(asked)] == ids[len(asked)]
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("alpaca", "\n\n### Response:"),
+        ("alpaca_predecessor", "\n\n### Response: ASSISTANT:"),
+        ("question_answer", "Add.\nAnswer:"),
+        ("alpaca_instruction", "### Instruction:\nAdd.\n\n### Response:\n"),
+        ("conversation", "<|User|>:Add.<eoh>\n<|Bot|>:"),
+        ("conversation_legacy", "<|User|>:Add.<TOKENS_UNUSED_140>\n<|Bot|>:"),
+    ],
+)
+def test_where_a_prompt_ends(name: str, end: str, tokenizer: Tokenizer) -> None:
+    """Before a blank that begins the answer's first token, behind a line break that is masked."""
+    assert handler(name, tokenizer).prompt("Add.", "").endswith(end)
 
 
 # --- encoding ------------------------------------------------------------------------------------
@@ -218,7 +233,8 @@ def test_spans_that_cannot_be_encoded(tokenizer: Tokenizer) -> None:
 # --- handlers of one's own -----------------------------------------------------------------------
 
 OWN = """
-from internlm_lib.data.handlers import Span, text_of
+from internlm_lib.data.handlers import Span
+from internlm_lib.data.records import text_of
 
 class Letters:
     name, kind = "letters", "instruction"

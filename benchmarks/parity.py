@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internlm_lib.data.handlers import handler
+from internlm_lib.data.inputs import Options
 from internlm_lib.data.pocket import make_pocket_world, write_pocket_world
 from internlm_lib.data.preprocess import preprocess
 from internlm_lib.data.prompts import template
@@ -189,12 +191,12 @@ def make_run(root: Path, steps: int, **overrides: Any) -> RunFolder:
 def _write_corpus(folder: RunFolder, experiment: Experiment) -> None:
     data = experiment.data
     write_pocket_world(make_pocket_world(data.pocket_seed), folder.data)
-    records = list(read_records(folder.data / "records.parquet"))
-    form = template(data.prompt_template)
-    tokenizer = train_tokenizer(
-        map(form.document, records), experiment.model.vocab_size, folder.tokenizer
-    )
-    preprocess(records, tokenizer, folder.corpus_prefix, template=form, append_eod=data.append_eod)
+    path, form = folder.data / "records.parquet", template(data.prompt_template)
+    texts = map(form.document, read_records(path))
+    tokenizer = train_tokenizer(texts, experiment.model.vocab_size, folder.tokenizer)
+    made = handler(data.prompt_template, tokenizer)
+    options = Options(append_eod=data.append_eod)
+    preprocess([path], folder.corpus_prefix, made, tokenizer, options)
 
 
 def write_weights(folder: RunFolder, experiment: Experiment) -> None:

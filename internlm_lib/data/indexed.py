@@ -28,6 +28,7 @@ FIELDS = ("input_ids", "attention_mask", "labels")
 DtypeChoice = Literal["smallest", "int32"]
 
 _MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<QBQQ")
 _CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}
 _UINT16_VOCABULARY = 65500  # as megatron-core's DType.optimal_dtype
 _LENGTH = numpy.dtype("<i4")
@@ -44,6 +45,11 @@ def field_prefix(prefix: Path, kind: Kind, field: str = "input_ids") -> Path:
     if kind == "pretrain":
         return prefix
     return prefix.with_name(f"{prefix.name}_packed_{field}_document")
+
+
+def packing_prefix(prefix: Path) -> Path:
+    """Prefix of the files that say what the rows of a packed corpus hold."""
+    return prefix.with_name(f"{prefix.name}_packing")
 
 
 def corpus_files(prefix: Path, kind: Kind) -> list[Path]:
@@ -97,7 +103,7 @@ def write_index(path: Path, lengths: BinaryIO, dtype: numpy.dtype) -> None:
     """
     count = lengths.seek(0, io.SEEK_END) // _LENGTH.itemsize
     with path.open("wb") as file:
-        file.write(_MAGIC + struct.pack("<QBQQ", 1, _CODES[dtype.name], count, count + 1))
+        file.write(_MAGIC + _HEADER.pack(1, _CODES[dtype.name], count, count + 1))
         for block in read_blocks(lengths, _LENGTH):
             file.write(block.tobytes())
         start = 0
@@ -125,9 +131,10 @@ def read_documents(prefix: Path, numbers: Sequence[int]) -> list[list[int]]:
 
 def sequence_lengths(prefix: Path) -> NDArray[numpy.int32]:
     """Length of every sequence."""
-    dataset = _indexed_dataset().IndexedDataset(str(prefix))
-    # Megatron unmaps the file with the dataset, whoever still looks at it.
-    return numpy.array(dataset.sequence_lengths)
+    with token_files(prefix)[1].open("rb") as file:
+        file.seek(len(_MAGIC))
+        _, _, count, _ = _HEADER.unpack(file.read(_HEADER.size))
+        return numpy.fromfile(file, _LENGTH, count)
 
 
 def _indexed_dataset() -> ModuleType:

@@ -12,7 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from internlm_lib.data.handlers import handler
 from internlm_lib.data.indexed import read_documents, token_files
+from internlm_lib.data.inputs import Options
 from internlm_lib.data.known_tokenizers import tokenizer_for
 from internlm_lib.data.pocket import make_pocket_world, write_pocket_world
 from internlm_lib.data.preprocess import Corpus, preprocess
@@ -25,6 +27,8 @@ from internlm_lib.files import sha256_of
 from internlm_lib.stages.stage import Stage
 
 _SAMPLES = 4
+_HANDLERS = {"ascendspeed": "alpaca_predecessor"}
+"""Templates whose handler has another name."""
 _PROBE = "Question:  two blanks\n\nAnswer: 12"
 
 
@@ -135,18 +139,25 @@ def tokenizer_rows(tokenizer: Tokenizer) -> list[dict[str, str]]:
 
 def write_corpus(stage: Stage, records: Records, tokenizer: Tokenizer) -> Corpus:
     """Tokenise the records into the run's token files."""
+    data = stage.experiment.data
+    name = _HANDLERS.get(data.prompt_template, data.prompt_template)
     corpus = preprocess(
-        records,
-        tokenizer,
+        [records.path],
         stage.folder.corpus_prefix,
-        template=records.template,
-        append_eod=stage.experiment.data.append_eod,
+        handler(name, tokenizer),
+        tokenizer,
+        Options(append_eod=data.append_eod),
         workers=os.cpu_count() or 1,
     )
     bin_path, idx_path = token_files(corpus.prefix)
     stage.tags({"data/bin_sha256": sha256_of(bin_path), "data/idx_sha256": sha256_of(idx_path)})
-    numbers = ("documents", "tokens", "mean_length")
-    stage.metrics({f"data/{name}": getattr(corpus, name) for name in numbers})
+    stage.metrics(
+        {
+            "data/documents": corpus.documents,
+            "data/tokens": corpus.tokens,
+            "data/mean_length": corpus.card.lengths.mean,
+        }
+    )
     return corpus
 
 
@@ -154,15 +165,16 @@ def count_rows(
     stage: Stage, records: Records, corpus: Corpus, tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
     """What was made, as table rows; also written as `tables/corpus.csv`."""
-    samples = corpus.samples(stage.experiment.training.seq_length)
+    samples = corpus.card.samples(stage.experiment.training.seq_length)
+    lengths = corpus.card.lengths
     bin_path, _ = token_files(corpus.prefix)
     rows = [
         {"quantity": "documents", "value": corpus.documents},
         {"quantity": "documents with an input", "value": records.with_input},
         {"quantity": "tokens", "value": corpus.tokens},
-        {"quantity": "shortest document (tokens)", "value": min(corpus.lengths)},
-        {"quantity": "mean document (tokens)", "value": corpus.mean_length},
-        {"quantity": "longest document (tokens)", "value": max(corpus.lengths)},
+        {"quantity": "shortest document (tokens)", "value": lengths.shortest},
+        {"quantity": "mean document (tokens)", "value": lengths.mean},
+        {"quantity": "longest document (tokens)", "value": lengths.longest},
         {"quantity": "tokenizer's pieces", "value": tokenizer.vocab_size},
         {"quantity": "samples of seq_length tokens in one epoch", "value": samples},
         {"quantity": "bytes per token on disk", "value": bin_path.stat().st_size // corpus.tokens},
@@ -175,11 +187,12 @@ def draw_lengths(stage: Stage, corpus: Corpus) -> Path:
     """Draw the documents' lengths, with `tables/token_lengths.csv` beside; returns the PNG."""
     from internlm_lib.reporting.figures import length_histogram
 
-    counts = sorted(Counter(corpus.lengths).items())
+    lengths = corpus.row_lengths().tolist()
+    counts = sorted(Counter(lengths).items())
     rows = [{"tokens": length, "documents": number} for length, number in counts]
     stage.table("token_lengths", rows)
     seq_length = stage.experiment.training.seq_length
-    figure = length_histogram(corpus.lengths, seq_length=seq_length)
+    figure = length_histogram(lengths, seq_length=seq_length)
     return stage.figure("token_lengths", figure)
 
 
@@ -215,7 +228,7 @@ def check_corpus(stage: Stage, records: Records, corpus: Corpus, tokenizer: Toke
                 "tokens; the files were changed, or the tokenizer loses text: use InternLM's"
             )
     seq_length = stage.experiment.training.seq_length
-    if corpus.samples(seq_length) == 0:
+    if corpus.card.samples(seq_length) == 0:
         raise InputError(
             f"training.seq_length = {seq_length}: the corpus has only {corpus.tokens} tokens, less "
             "than one sample and its next token; give more records or a shorter seq_length"
@@ -228,8 +241,8 @@ def summarize(corpus: Corpus, tokenizer: Tokenizer, questions: Questions) -> dic
     return {
         "documents": corpus.documents,
         "tokens": corpus.tokens,
-        "mean_length": round(corpus.mean_length, 2),
-        "max_length": max(corpus.lengths),
+        "mean_length": round(corpus.card.lengths.mean, 2),
+        "max_length": corpus.card.lengths.longest,
         "vocab_size": tokenizer.vocab_size,
         "subjects": len(questions.rows),
         "questions": questions.count,

@@ -1,6 +1,7 @@
-"""Commands about machines: what one lacks, and one training on several."""
+"""Commands about machines: what one lacks, what it computes, and one training on several."""
 
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,9 @@ from internlm_lib.cli.output import (
     reported,
     stdout_for_json,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -91,3 +95,72 @@ def launch(
             print_result(result, as_json)
         else:
             print(result["text"], end="")
+
+
+def selftest(
+    device: Annotated[str, typer.Option(help="auto, npu, cuda or cpu.")] = "auto",
+    ranks: Annotated[
+        int | None, typer.Option(help="Devices to test; all by default, on a CPU two ranks.")
+    ] = None,
+    run_name: Annotated[
+        str | None, typer.Option(help="Name of the run; selftest-DEVICE by default.")
+    ] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store of the run; the project's own by default.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """This machine's devices against the reference: kernels, collectives, memory, a short training.
+
+    Exit code 1 if a check failed. The table also goes to MLflow.
+    """
+    with reported(as_json):
+        from internlm_lib.errors import KitError
+        from internlm_lib.notebook import LiveLine
+        from internlm_lib.selftest.run import Selftest, check_passed
+        from internlm_lib.selftest.run import selftest as carry_out
+
+        asked = Selftest(device, ranks, run_name, tracking_uri)
+        with stdout_for_json(as_json), LiveLine() as show:
+            result = carry_out(asked, show)
+        if as_json:
+            print_json(result)
+        else:
+            _print_checks(result["checks"], console())
+        try:
+            print(check_passed(result), file=sys.stderr)
+        except KitError as error:
+            # The object on stdout is the result: no second one for the error.
+            print(f"internlm: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+
+
+def _print_checks(rows: list[dict[str, Any]], out: "Console") -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("", "check")
+    for heading in ("figure", "tolerance"):
+        table.add_column(heading, justify="right")
+    table.add_column("", overflow="fold")
+    table.add_column("measured", overflow="fold")
+    table.add_column("rank", justify="right")
+    group = ""
+    for row in rows:
+        if row["group"] != group:
+            group = row["group"]
+            table.add_section()
+            table.add_row("", f"[bold]{group}[/]")
+        table.add_row(
+            "[green]ok[/]" if row["passed"] else "[red]fail[/]",
+            escape(row["name"]),
+            "error" if row["figure"] is None else f"{row['figure']:.2g}",
+            f"{row['tolerance']:.2g}",
+            row["unit"],
+            escape(", ".join(f"{name} {value:.4g}" for name, value in row["measured"].items())),
+            str(row["rank"]),
+        )
+    out.print(table)
+    for row in rows:
+        if row["error"]:
+            out.print(escape(f"{row['name']}:\n{row['error']}"), highlight=False)

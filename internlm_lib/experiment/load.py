@@ -28,6 +28,7 @@ DEFAULT_PARAMS = "tiny.yaml"
 RECORDS = {
     "imported": "was imported from a log",
     "comparison": "is a comparison",
+    "selftest": "is a selftest",
 }
 """Section of `experiment.yaml` → what a run that has it is, instead of an experiment's."""
 

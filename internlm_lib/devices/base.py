@@ -1,12 +1,33 @@
 """What the rest of the kit may ask of a device. One implementation per device, no global state."""
 
 import abc
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from internlm_lib.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one rank holds, in bytes: of its device, or of the machine on a CPU."""
+
+    allocated_bytes: int
+    """Now, in tensors; on a CPU the whole process, resident."""
+    reserved_bytes: int | None
+    """Now, by torch's allocator, in use or not; None on a CPU, whose allocator does not tell."""
+    peak_bytes: int
+    """The highest that `allocated_bytes` has been."""
+
+    @classmethod
+    def of_allocator(cls, nested: dict[str, Any]) -> "Memory":
+        """From the `memory_stats_as_nested_dict()` of torch.cuda or torch.npu: one call, where the
+        functions for single numbers ask for all of them each time."""
+        allocated = nested["allocated_bytes"]["all"]
+        reserved = nested["reserved_bytes"]["all"]["current"]
+        return cls(allocated["current"], reserved, allocated["peak"])
 
 
 class Device(abc.ABC):
@@ -47,8 +68,8 @@ class Device(abc.ABC):
         """Wait until all queued work is done, so that a clock may be read."""
 
     @abc.abstractmethod
-    def peak_memory_bytes(self) -> int:
-        """Highest memory this rank has held: allocated device memory, or resident memory on cpu."""
+    def memory(self) -> Memory:
+        """What this rank holds now, and has held at most. Quick enough for every step."""
 
     @abc.abstractmethod
     def adapt_megatron(self) -> None:

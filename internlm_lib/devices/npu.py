@@ -1,9 +1,9 @@
 """Ascend NPUs, through torch_npu; megatron-core adapted by `npu_megatron`."""
 
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from internlm_lib.devices.base import Device
+from internlm_lib.devices.base import Device, Memory
 
 if TYPE_CHECKING:
     import torch
@@ -14,35 +14,44 @@ class NpuDevice(Device):
     backend = "hccl"
 
     def available(self) -> bool:
-        return importlib.util.find_spec("torch_npu") is not None and _npu().is_available()
+        if importlib.util.find_spec("torch_npu") is None:
+            return False
+        import torch_npu
+
+        return torch_npu.npu.is_available()
 
     def count(self) -> int:
-        return _npu().device_count()
+        import torch_npu
+
+        return torch_npu.npu.device_count()
 
     def bind(self, local_rank: int) -> None:
-        _npu().set_device(local_rank)
+        import torch_npu
+
+        torch_npu.npu.set_device(local_rank)
 
     def current(self) -> "torch.device":
         import torch
+        import torch_npu
 
-        return torch.device("npu", _npu().current_device())
+        return torch.device("npu", torch_npu.npu.current_device())
 
     def description(self) -> str:
-        return _npu().get_device_name()
+        import torch_npu
+
+        return torch_npu.npu.get_device_name()
 
     def synchronize(self) -> None:
-        _npu().synchronize()
+        import torch_npu
 
-    def peak_memory_bytes(self) -> int:
-        return _npu().max_memory_allocated()
+        torch_npu.npu.synchronize()
+
+    def memory(self) -> Memory:
+        import torch_npu
+
+        return Memory.of_allocator(torch_npu.npu.memory_stats_as_nested_dict())
 
     def adapt_megatron(self) -> None:
         from internlm_lib.devices.npu_megatron import adapt
 
         adapt()
-
-
-def _npu() -> Any:
-    import torch_npu
-
-    return torch_npu.npu

@@ -36,6 +36,8 @@ STEP_METRICS = {
     "logged_tflops_per_device": "perf/logged_tflops_per_device",
     "logged_samples_per_second": "perf/logged_samples_per_second",
     "memory_bytes": "memory/bytes",
+    "memory_allocated_bytes": "memory/allocated_bytes",
+    "memory_reserved_bytes": "memory/reserved_bytes",
 }
 """Field of a `step` event → MLflow metric."""
 

@@ -40,13 +40,14 @@ def rows_path(folder: RunFolder, rank: int) -> Path:
 def _checks(device: Device, ranks: int, folder: Path) -> Iterator[Check]:
     from internlm_lib.selftest.collectives import collective_checks
     from internlm_lib.selftest.kernels import kernel_checks
+    from internlm_lib.selftest.memory import memory_checks
     from internlm_lib.selftest.parity import parity_checks
     from internlm_lib.selftest.rates import rate_checks
 
     sizes = sizes_of(device.name)
     yield from kernel_checks(device, sizes)
     yield from collective_checks(device, sizes)
-    # yield from memory_checks(device, sizes)
+    yield from memory_checks(device, sizes)
     yield from rate_checks(device, sizes)
     yield from parity_checks(device, ranks, folder)
 

@@ -136,31 +136,32 @@ def selftest(
 
 
 def _print_checks(rows: list[dict[str, Any]], out: "Console") -> None:
+    from itertools import groupby
+
     from rich.markup import escape
     from rich.table import Table
 
     table = Table("", "check")
     for heading in ("figure", "tolerance"):
         table.add_column(heading, justify="right")
-    table.add_column("", overflow="fold")
     table.add_column("measured", overflow="fold")
-    table.add_column("rank", justify="right")
-    group = ""
-    for row in rows:
-        if row["group"] != group:
-            group = row["group"]
-            table.add_section()
-            table.add_row("", f"[bold]{group}[/]")
-        table.add_row(
-            "[green]ok[/]" if row["passed"] else "[red]fail[/]",
-            escape(row["name"]),
-            "error" if row["figure"] is None else f"{row['figure']:.2g}",
-            f"{row['tolerance']:.2g}",
-            row["unit"],
-            escape(", ".join(f"{name} {value:.4g}" for name, value in row["measured"].items())),
-            str(row["rank"]),
-        )
+    for group, members in groupby(rows, key=lambda row: f"{row['group']}, {row['unit']}"):
+        table.add_section()
+        table.add_row("", f"[bold]{group}[/]")
+        for row in members:
+            table.add_row(
+                "[green]ok[/]" if row["passed"] else "[red]fail[/]",
+                escape(row["name"]),
+                "error" if row["figure"] is None else f"{row['figure']:.2g}",
+                f"{row['tolerance']:.2g}",
+                escape(_measured(row)),
+            )
     out.print(table)
     for row in rows:
         if row["error"]:
             out.print(escape(f"{row['name']}:\n{row['error']}"), highlight=False)
+
+
+def _measured(row: dict[str, Any]) -> str:
+    numbers = [f"{name} {value:.4g}" for name, value in row["measured"].items()]
+    return ", ".join([*numbers, *([f"rank {row['rank']}"] if row["rank"] else [])])

@@ -49,9 +49,9 @@ def kernel_checks(device: Device, sizes: Sizes) -> Iterator[Check]:
         for dtype in sizes.dtypes:
             name = f"{case.name}, {dtype_name(dtype)}"
             find = partial(compare, case, dtype, fast, device.current())
-            yield Check("kernels", name, "of the largest element", TOLERANCES[dtype], find)
+            yield Check("kernels", name, "error ÷ largest element", TOLERANCES[dtype], find)
     yield Check(
-        "kernels", "AdamW, fused, float32", "of the largest update", TOLERANCES[torch.float32],
+        "kernels", "AdamW, fused, fp32", "error ÷ largest element", TOLERANCES[torch.float32],
         partial(_adam, device.current()),
     )  # fmt: skip
 
@@ -75,7 +75,8 @@ def cases(sizes: Sizes) -> Iterator[Case]:
 
 
 def compare(case: Case, dtype: torch.dtype, kernels: Kernels, device: torch.device) -> Outcome:
-    """Largest error of the result and of all gradients, and that of the formula in this dtype."""
+    """Largest error of the result and all gradients; measured beside it, the formula's own in this
+    dtype."""
     rounded = tuple(x.to(dtype) for x in case.inputs)
     exact = _run(case.function(REFERENCE), tuple(x.double() for x in rounded))
     there = tuple(x.to(device) for x in rounded)
@@ -83,7 +84,7 @@ def compare(case: Case, dtype: torch.dtype, kernels: Kernels, device: torch.devi
     for mine, other in zip(ours, exact, strict=True):
         if mine.dtype != dtype or mine.shape != other.shape:
             raise TypeError(f"{case.name} gave {list(mine.shape)} {mine.dtype}")
-    return Outcome(_error(ours, exact), {"error of the formula": _error(formula, exact)})
+    return Outcome(_error(ours, exact), {"formula's": _error(formula, exact)})
 
 
 def _run(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:

@@ -65,7 +65,7 @@ def parity_checks(device: Device, ranks: int, folder: Path) -> Iterator[Check]:
             what = quantity.replace("grad_norm", "gradient norm")
             name = f"{STEPS} steps, {what}, {precision}, {parity_layout(ranks).label}"
             yield Check(
-                "parity", name, "relative, largest of all steps", getattr(allowed, quantity), find
+                "parity", name, "largest relative difference", getattr(allowed, quantity), find
             )
 
 

@@ -33,7 +33,7 @@ def rate_checks(device: Device, sizes: Sizes) -> Iterator[Check]:
     for dtype in sizes.dtypes:
         name = f"matrix product, {dtype_name(dtype)}"
         yield Check(
-            "rates", name, "of the largest element", TOLERANCES[dtype],
+            "rates", name, "error ÷ largest element", TOLERANCES[dtype],
             partial(_product, device, sizes.matrix, dtype),
         )  # fmt: skip
         peak = peak_of(device.description(), _PRECISIONS[dtype])

@@ -44,5 +44,6 @@ def sizes_of(device: str) -> Sizes:
 
 
 def dtype_name(dtype: "torch.dtype") -> str:
-    """E.g. `bfloat16`."""
-    return str(dtype).removeprefix("torch.")
+    """As `training.precision` names it: fp32, bf16 or fp16."""
+    words = str(dtype).removeprefix("torch.")
+    return words.replace("bfloat", "bf").replace("float", "fp")

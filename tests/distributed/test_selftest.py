@@ -32,9 +32,9 @@ def test_every_check_has_its_figure_and_tolerance(printed: dict[str, object]) ->
 
 def test_rates_and_losses_were_measured(printed: dict[str, object]) -> None:
     measured = {row["name"]: row["measured"] for row in printed["checks"]}  # type: ignore[attr-defined]
-    assert measured["matrix product, float32"]["TFLOPs"] > 0
+    assert measured["matrix product, fp32"]["TFLOPs"] > 0
     assert measured["copy of device memory"]["GB/s"] > 0
-    assert measured["all-reduce, bfloat16"]["bus GB/s"] > 0
+    assert measured["all-reduce, bf16"]["bus GB/s"] > 0
     (losses,) = (row for name, row in measured.items() if ", loss, fp32" in name)
     assert losses["first"] > losses["last"] + 1
 
@@ -53,4 +53,4 @@ def test_the_table_lies_in_the_report_and_in_mlflow(printed: dict[str, object]) 
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     (run,) = client.search_runs(experiments, "tags.stage = 'selftest'")
     assert run.data.tags["passed"] == "True" and run.info.status == "FINISHED"
-    assert "selftest/rates/matrix_product_float32_TFLOPs" in run.data.metrics
+    assert "selftest/rates/matrix_product_fp32_TFLOPs" in run.data.metrics

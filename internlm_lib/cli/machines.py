@@ -37,7 +37,9 @@ def doctor(as_json: AsJson = False) -> None:
 
 def launch(
     params: Params,
-    nnodes: Annotated[int, typer.Option(help="Number of machines.")] = 1,
+    nnodes: Annotated[
+        int | None, typer.Option(help="Number of machines; the cluster's, or 1.")
+    ] = None,
     nproc_per_node: Annotated[
         int | None, typer.Option(help="Ranks of each; by default the layout's, shared evenly.")
     ] = None,
@@ -52,8 +54,12 @@ def launch(
         str | None, typer.Option(help="Network interface between the nodes, e.g. eth0.")
     ] = None,
     node_rank: Annotated[
-        int | None, typer.Option(help="Start the ranks of this node, which is number 0, 1, …")
+        int | None,
+        typer.Option(help="Start the ranks of this node, which is number 0, 1, …; the cluster's."),
     ] = None,
+    ignore_cluster: Annotated[
+        bool, typer.Option("--ignore-cluster", help="Read no variables of a cluster.")
+    ] = False,
     role: Annotated[str, typer.Option(help="candidate or reference.")] = "candidate",
     format: Annotated[
         str | None, typer.Option(help="torchrun, deepspeed or slurm; all by default.")
@@ -67,14 +73,18 @@ def launch(
 ) -> None:
     """One training on several machines: print the commands for each, or start this one's ranks.
 
-    Either way the resolved experiment is written to the run's folder, which all nodes share.
+    Nodes that no option names are those of the job that this is part of: RANK_TABLE_FILE,
+    ModelArts, MindCluster, Volcano, Slurm, torchrun's names. Either way the resolved experiment is
+    written to the run's folder, which all nodes share.
     """
     with reported(as_json):
         from internlm_lib.experiment.load import load_experiment, parse_assignments
         from internlm_lib.notebook import LiveLine
+        from internlm_lib.ranks.cluster import cluster_from_environment
         from internlm_lib.run_folder import RunFolder
         from internlm_lib.training.nodes import Nodes, launch_here, plan_training, write_commands
 
+        cluster = None if ignore_cluster else cluster_from_environment()
         named, experiment = load_experiment(params, parse_assignments(assignments or []))
         nodes = Nodes(
             nnodes=nnodes,
@@ -84,12 +94,15 @@ def launch(
             master_port=master_port,
             interface=interface,
         )
+        nodes, node_rank = nodes.within(cluster, node_rank)
         folder = RunFolder.of(run_name or named)
         with stdout_for_json(as_json), LiveLine() as show:
-            plan = plan_training(folder, experiment, role, nodes)
+            plan = plan_training(folder, experiment, role, nodes, cluster=cluster)
             if dry_run:
                 result = write_commands(plan, experiment, role, format)
             else:
+                if cluster:
+                    print(f"internlm: {cluster.summary()}", file=sys.stderr)
                 result = launch_here(plan, experiment, role, node_rank, show)
         if as_json or not dry_run:
             print_result(result, as_json)

@@ -4,6 +4,7 @@ import abc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from internlm_lib.devices.visible import visible_devices
 from internlm_lib.errors import InputError
 
 if TYPE_CHECKING:
@@ -97,10 +98,14 @@ def select_device(name: str = "auto") -> Device:
 
 
 def check_world_size(device: Device, world_size: int, key: str) -> None:
-    """Raises InputError if a layout asks for more ranks than this node has devices."""
-    count = device.count()
-    if count is not None and world_size > count:
-        raise InputError(
-            f"{key} needs {world_size} {device.name} devices "
-            f"(tensor × pipeline × data parallel size), this node has {count}; lower the sizes"
-        )
+    """Raises InputError if a layout asks for more ranks than this node has devices, or shows."""
+    limits: list[tuple[int | None, str]] = [(device.count(), "")]
+    if shown := visible_devices(device.name):
+        limits.insert(0, (shown.count, f" ({shown.said})"))
+    for count, because in limits:
+        if count is not None and world_size > count:
+            raise InputError(
+                f"{key} needs {world_size} {device.name} devices "
+                f"(tensor × pipeline × data parallel size), this node has {count}{because}; lower "
+                "the sizes, or train on several nodes: `internlm launch`"
+            )

@@ -102,7 +102,9 @@ def _remove_old(plan: LaunchPlan, node_rank: int) -> None:
 
 
 def _start(plan: LaunchPlan, node_rank: int, log: IO[bytes]) -> "subprocess.Popen[bytes]":
-    environment = {**os.environ, **plan.environment, LAUNCHER_VARIABLE: str(os.getpid())}
+    # torchrun takes options that are not given from PET_…: the plan says all of them.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+    environment = {**inherited, **plan.environment, LAUNCHER_VARIABLE: str(os.getpid())}
     return subprocess.Popen(
         plan.torchrun(node_rank),
         env=environment,

@@ -12,6 +12,7 @@ import pytest
 
 from internlm_lib.errors import InputError
 from internlm_lib.ranks import render
+from internlm_lib.ranks.cluster import Cluster
 from internlm_lib.ranks.environment import on_one_node
 from internlm_lib.ranks.plan import LaunchPlan, plan_ranks
 from internlm_lib.ranks.stopping import stopped_file
@@ -152,6 +153,35 @@ def test_a_rank_knows_whether_it_needs_the_network(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert on_one_node() is one
+
+
+def test_npu_ranks_get_the_rank_table_that_the_plan_follows_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch_npu connects ranks by whatever table is in their environment."""
+    table = tmp_path / "hccl.json"
+    cluster = Cluster(2, {}, hosts=("a01", "a02"), nproc_per_node=2, rank_table=table)
+    followed = plan(tmp_path, device="npu", cluster=cluster)
+    assert followed.environment["RANK_TABLE_FILE"] == str(table) and followed.cluster is cluster
+    assert "RANK_TABLE_FILE" not in plan(tmp_path, device="cuda", cluster=cluster).environment
+    assert "RANK_TABLE_FILE" not in plan(tmp_path, device="npu").environment
+    monkeypatch.setenv("RANK_TABLE_FILE", str(tmp_path / "of_another_job.json"))
+    assert plan(tmp_path, device="npu").environment["RANK_TABLE_FILE"] == ""
+    without = Cluster(2, {}, hosts=("a01", "a02"))
+    assert plan(tmp_path, device="npu", cluster=without).environment["RANK_TABLE_FILE"] == ""
+
+
+@pytest.mark.parametrize(("device", "refused"), [("npu", True), ("cuda", True), ("cpu", False)])
+def test_more_ranks_than_the_cluster_has_devices_are_refused(
+    tmp_path: Path, device: str, refused: bool
+) -> None:
+    cluster = Cluster(2, {"devices_per_node": "MA_NUM_GPUS"}, devices_per_node=1)
+    if not refused:
+        assert plan(tmp_path, device=device, cluster=cluster).ranks_per_node == 2
+        return
+    with pytest.raises(InputError, match="MA_NUM_GPUS says that a node has 1 devices, .* needs 2"):
+        plan(tmp_path, device=device, cluster=cluster)
+    assert plan(tmp_path, world_size=2, device=device, cluster=cluster).ranks_per_node == 1
 
 
 def test_torchrun_lines_start_what_they_say(spy: Path) -> None:

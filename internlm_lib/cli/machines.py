@@ -62,7 +62,7 @@ def launch(
     ] = False,
     role: Annotated[str, typer.Option(help="candidate or reference.")] = "candidate",
     format: Annotated[
-        str | None, typer.Option(help="torchrun, deepspeed or slurm; all by default.")
+        str | None, typer.Option(help="torchrun, deepspeed, slurm or volcano; all by default.")
     ] = None,
     run_name: RunName = None,
     assignments: Assignments = None,

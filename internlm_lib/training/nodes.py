@@ -193,10 +193,16 @@ def _slurm(plan: LaunchPlan, experiment: Experiment, files: Path) -> dict[str, A
     return {"script": str(script), "text": text}
 
 
+def _volcano(plan: LaunchPlan, experiment: Experiment, files: Path) -> dict[str, Any]:
+    job = write_text(files / "volcano.yaml", render.volcano_job(plan, _device_name(experiment)))
+    return {"job": str(job), "text": f"\n## Volcano: kubectl create -f {job}\n{job.read_text()}"}
+
+
 _RENDERERS: dict[str, Callable[[LaunchPlan, Experiment, Path], dict[str, Any]]] = {
     "torchrun": _torchrun,
     "deepspeed": _deepspeed,
     "slurm": _slurm,
+    "volcano": _volcano,
 }
 
 

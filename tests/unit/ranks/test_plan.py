@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from internlm_lib.errors import InputError
 from internlm_lib.ranks import render
@@ -212,6 +213,30 @@ def test_the_batch_script_starts_every_node_and_requeues_what_stopped(
     assert (spy.parent / "record.srun").read_text() == "--kill-on-bad-exit=1 --cpu-bind=none\n"
     requeued = spy.parent / "record.requeue"
     assert (requeued.read_text() if requeued.exists() else None) == ("17\n" if stopped else None)
+
+
+@pytest.mark.parametrize(
+    ("device", "resources"),
+    [("npu", {"huawei.com/Ascend910": 2}), ("cuda", {"nvidia.com/gpu": 2}), ("cpu", {})],
+)
+def test_the_volcano_job_has_a_pod_per_node_that_starts_its_ranks(
+    spy: Path, device: str, resources: dict[str, int]
+) -> None:
+    made = plan(spy, grace_seconds=60.0, device=device)
+    job = yaml.safe_load(render.volcano_job(made, device))
+    assert (job["apiVersion"], job["kind"]) == ("batch.volcano.sh/v1alpha1", "Job")
+    assert job["spec"]["minAvailable"] == 2 and job["spec"]["plugins"] == {"env": [], "svc": []}
+    (task,) = job["spec"]["tasks"]
+    assert task["name"] == "worker", "VC_WORKER_HOSTS is called after it"
+    pod = task["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > made.grace_seconds
+    (container,) = pod["containers"]
+    assert container["resources"] == {"requests": resources, "limits": resources}
+    own = {variable["name"]: variable["value"] for variable in container["env"]}
+    for replica in range(task["replicas"]):
+        pods = {"VC_WORKER_HOSTS": "a01,a02", "VC_TASK_INDEX": str(replica)}
+        subprocess.run(container["command"], env={**os.environ, **own, **pods}, check=True)
+    check_nodes(spy, made)
 
 
 def test_shells_can_read_all_that_is_rendered(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def test_a_dry_run_prints_every_launchers_commands_for_65b(home: Path) -> None:
     assert [f"--node-rank={node}" in lines[node] for node in range(4)] == [True] * 4
     assert all("HCCL_SOCKET_IFNAME=eth0" in line for line in lines[:4])
     assert "HOST_3 slots=8" in result.stdout and "#SBATCH --nodes=4" in result.stdout
+    assert "huawei.com/Ascend910: 8" in result.stdout and "replicas: 4" in result.stdout
     assert "missing: " in result.stdout and "--only 01_prepare,02_convert" in result.stdout
     assert "shared file system" in result.stdout
     # what the nodes read is there

@@ -126,8 +126,14 @@ def volcano_job(plan: LaunchPlan, device: str | None) -> str:
     container = {
         "name": "worker",
         "image": "IMAGE",
-        "command": ["bash", "-c", f"{shlex.join(['cd', str(plan.folder.root)])} && {command}"],
-        "env": [{"name": key, "value": value} for key, value in plan.environment.items()],
+        "command": [
+            "bash",
+            "-c",
+            _unexpanded(f"{shlex.join(['cd', str(plan.folder.root)])} && {command}"),
+        ],
+        "env": [
+            {"name": key, "value": _unexpanded(value)} for key, value in plan.environment.items()
+        ],
         "resources": {"requests": devices, "limits": devices},
         "volumeMounts": [{"name": "project", "mountPath": str(plan.folder.root)}],
     }
@@ -155,6 +161,11 @@ def volcano_job(plan: LaunchPlan, device: str | None) -> str:
         "# labels, node selector and variables that your cluster's device plugin asks for.\n"
         f"{_yaml(job)}"
     )
+
+
+def _unexpanded(text: str) -> str:
+    """Kubernetes puts a variable's value for $(NAME)."""
+    return text.replace("$(", "$$(")
 
 
 def _one_pod_per_node(job: str) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def volcano(environ: Mapping[str, str], me: frozenset[str], folder: Path = VOLCA
 def slurm(environ: Mapping[str, str], me: frozenset[str]) -> Facts:
     """A Slurm allocation; which node this is, only in a task of srun. Raises InputError.
 
-    Source: man srun, sbatch, "OUTPUT ENVIRONMENT VARIABLES".
+    Source: man srun, "OUTPUT ENVIRONMENT VARIABLES". That SLURM_GPUS_ON_NODE counts the GPUs of the
+    job on a node is how published scripts use it; its own text was not at hand.
     """
     step = _number(environ, "SLURM_STEP_ID") or _number(environ, "SLURM_STEPID")
     task = step is not None and step.value < _MAX_SLURM_STEP
@@ -138,10 +139,11 @@ def slurm(environ: Mapping[str, str], me: frozenset[str]) -> Facts:
         node_rank=node,
         devices_per_node=_number(environ, "SLURM_GPUS_ON_NODE"),
         unplaced=Said(
-            "this is no task of srun: start one per node, srun --ntasks-per-node=1 internlm "
-            "launch …", ""
+            "this is no task of srun: start `internlm launch` once per node, with srun "
+            "--ntasks-per-node=1",
+            "",
         ),
-    )  # fmt: skip
+    )
 
 
 def torchrun_names(environ: Mapping[str, str], prefix: str) -> Facts:

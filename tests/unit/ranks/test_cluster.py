@@ -170,6 +170,14 @@ def test_a_rank_table_says_where_every_rank_is(write_table: TableWriter) -> None
     assert "none of its servers has a name or an address of this machine" in elsewhere.summary()
 
 
+def test_a_server_that_is_only_called_something_must_resolve() -> None:
+    """The user guide's own examples call servers node_0, node_1."""
+    cluster = Cluster(2, {}, hosts=("node_0", "node_1"), rank_table=Path("/t.json"))
+    assert "resolve that name" in " ".join(cluster.notes("npu", "node_0"))
+    assert "resolve" not in " ".join(cluster.notes("npu", "10.0.0.1"))
+    assert Cluster(2, {}, hosts=("a01", "a02")).notes("npu", "a01") == []
+
+
 def test_modelarts_with_a_rank_table_is_one_cluster(write_table: TableWriter) -> None:
     """The table's own names come first; the rest is filled in."""
     path = write_table()
@@ -270,7 +278,7 @@ def test_a_slurm_script_or_shell_is_no_node_of_its_allocation(step: dict[str, st
     """Else `internlm launch` in it would train on the first node only, and wait for the others."""
     cluster = read(SLURM_BATCH | step)
     assert cluster is not None and (cluster.nnodes, cluster.node_rank) == (4, None)
-    assert "srun --ntasks-per-node=1 internlm launch" in cluster.summary()
+    assert "once per node, with srun --ntasks-per-node=1" in cluster.summary()
     alone = read(SLURM_BATCH | step | {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "a01"})
     assert alone is not None and alone.node_rank == 0
 

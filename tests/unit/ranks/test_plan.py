@@ -239,6 +239,13 @@ def test_the_volcano_job_has_a_pod_per_node_that_starts_its_ranks(
     check_nodes(spy, made)
 
 
+def test_kubernetes_expands_nothing_in_the_volcano_job(tmp_path: Path) -> None:
+    job = yaml.safe_load(render.volcano_job(plan(tmp_path / "a $(HOME)"), "npu"))
+    (container,) = job["spec"]["tasks"][0]["template"]["spec"]["containers"]
+    for text in (container["command"][-1], container["env"][-1]["value"]):
+        assert "$$(HOME)" in text and "$(" not in text.replace("$$(", "")
+
+
 def test_shells_can_read_all_that_is_rendered(tmp_path: Path) -> None:
     made = plan(tmp_path / "it's a $HOME")
     for text in (*render.torchrun_lines(made), render.sbatch_script(made, None)):

@@ -247,7 +247,7 @@ def test_a_node_of_a_cluster_starts_its_own_ranks(
         ({"NNODES": "4", "NODE_RANK": "1"}, (), "the cluster: 4 nodes from NNODES, NODE_RANK"),
         ({"NNODES": "2", "NPROC_PER_NODE": "8"}, ("--dry-run",), "2 nodes × 8 ranks cannot hold"),
         ({"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a[1-2]"}, (),
-         "srun --ntasks-per-node=1 internlm launch"),
+         "`internlm launch` once per node, with srun"),
         ({"RANK_TABLE_FILE": "/nowhere/hccl.json"}, ("--dry-run",), "/nowhere/hccl.json: No such"),
     ],
 )  # fmt: skip

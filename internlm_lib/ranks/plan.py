@@ -141,7 +141,7 @@ def plan_ranks(
         logs=logs,
         environment={
             **rank_environment(device, per_node, interface),
-            **(_rank_table(cluster) if device == "npu" else {}),
+            **_rank_table(cluster, device),
             LOGS_VARIABLE: str(logs),
         },
         grace_seconds=grace_seconds,
@@ -149,13 +149,13 @@ def plan_ranks(
     )
 
 
-def _rank_table(cluster: Cluster | None) -> dict[str, str]:
+def _rank_table(cluster: Cluster | None, device: str | None) -> dict[str, str]:
     """The table for NPU ranks: the one that the plan follows, or none.
 
     torch_npu connects ranks by any table it finds in the environment, also by one of other ranks.
     Empty, it connects them by root info. Source: torch_npu, ProcessGroupHCCL::createHCCLCommEx.
     """
-    if cluster and cluster.rank_table:
+    if device == "npu" and cluster and cluster.rank_table:
         return {RANK_TABLE_VARIABLE: str(cluster.rank_table)}
     return {RANK_TABLE_VARIABLE: ""} if os.environ.get(RANK_TABLE_VARIABLE) else {}
 

@@ -34,6 +34,8 @@ class LaunchPlan:
     environment: Mapping[str, str]
     grace_seconds: float = DEFAULT_GRACE_SECONDS
     """How long ranks may take to end by themselves after SIGTERM."""
+    device: str | None = None
+    """`npu`, `cuda` or `cpu`; None if that is not known."""
 
     @property
     def nnodes(self) -> int:
@@ -134,6 +136,7 @@ def plan_ranks(
             LOGS_VARIABLE: str(logs),
         },
         grace_seconds=grace_seconds,
+        device=device,
     )
 
 

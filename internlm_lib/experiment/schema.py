@@ -347,6 +347,9 @@ class TrackingSection(Section):
     """MLflow tracking URI; null is this project's own sqlite store."""
     experiment: Text = "internlm"
     """MLflow experiment that the runs of this params file belong to."""
+    device_sample_seconds: Positive | None = 10.0
+    """Seconds between two samples of what the devices do while a training runs (npu-smi,
+    nvidia-smi, the host's processors); null takes none."""
 
 
 class Experiment(Section):

@@ -64,7 +64,13 @@ def rank_environment(
     }
 
 
-def on_one_node() -> bool:
-    """Whether this rank's launcher, torchrun or DeepSpeed's, started all ranks of the job here."""
+def ranks_on_this_node() -> int | None:
+    """How many this rank's launcher, torchrun or DeepSpeed's, started here; None without one."""
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return local is None or local == os.environ.get("WORLD_SIZE")
+    return int(local) if local else None
+
+
+def on_one_node() -> bool:
+    """Whether this rank's launcher started all ranks of the job here."""
+    local = ranks_on_this_node()
+    return local is None or str(local) == os.environ.get("WORLD_SIZE")

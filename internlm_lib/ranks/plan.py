@@ -39,6 +39,8 @@ class LaunchPlan:
     """How long ranks may take to end by themselves after SIGTERM."""
     cluster: Cluster | None = None
     """What the nodes were taken from, if not from a person alone."""
+    device: str | None = None
+    """`npu`, `cuda` or `cpu`; None if that is not known."""
 
     @property
     def nnodes(self) -> int:
@@ -146,6 +148,7 @@ def plan_ranks(
         },
         grace_seconds=grace_seconds,
         cluster=cluster,
+        device=device,
     )
 
 

@@ -13,6 +13,7 @@ from internlm_lib.experiment.schema import Experiment, Layout, ModelSection
 from internlm_lib.files import read_json, sha256_of
 from internlm_lib.journal import Journal
 from internlm_lib.model.arithmetic import model_flops_per_token, parameter_count
+from internlm_lib.ranks.environment import ranks_on_this_node
 from internlm_lib.ranks.rank import rank_main
 from internlm_lib.ranks.stopping import StopRequest
 from internlm_lib.run_folder import RunFolder
@@ -187,6 +188,9 @@ def _start(
         "world_size": layout.world_size,
         "device": device.name,
         "device_name": device.description(),
+        # One per rank: what the rates per device are divided by. On a CPU ranks share it.
+        "device_count": layout.world_size,
+        "devices_per_node": ranks_on_this_node() or layout.world_size,
         "precision": training.precision,
         "seed": training.seed,
         "deterministic_mode": training.deterministic_mode,

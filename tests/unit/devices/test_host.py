@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -22,36 +23,37 @@ subprocess.run([sys.executable, "-c", work])
 """
 
 
-@pytest.fixture
-def launcher() -> Iterator["subprocess.Popen[str]"]:
-    job = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, "-m", MODULE], stdout=subprocess.PIPE, text=True
-    )
+@contextmanager
+def working(module: str) -> Iterator[psutil.Process]:
+    """A launcher of `module`, with one rank, which is given."""
+    command = [sys.executable, "-c", LAUNCHER, "-m", module]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert job.stdout is not None and job.stdout.readline() == "ready\n"
-    yield job
-    for process in [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]:
-        process.kill()
-    job.wait()
-
-
-def test_ranks_are_told_from_the_rest(launcher: "subprocess.Popen[str]") -> None:
-    bystander = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    launcher = psutil.Process(job.pid)
+    (rank,) = launcher.children()
     try:
+        yield rank
+    finally:
+        for process in (rank, launcher):
+            process.kill()
+        job.wait()
+
+
+def test_ranks_are_told_from_the_rest() -> None:
+    with working(MODULE) as rank, working("other.worker"):
         meter = HostMeter(MODULE)
         meter.sample()
+        begin, before = time.monotonic(), rank.cpu_times().user
         time.sleep(1.0)
         use = meter.sample()
-    finally:
-        bystander.kill()
-        bystander.wait()
-    (rank,) = psutil.Process(launcher.pid).children()
-    share = 100 / (psutil.cpu_count() or 1)  # one core
-    assert use.ranks_cpu_percent is not None and use.ranks_memory_mib is not None
-    assert 0.05 * share < use.ranks_cpu_percent < 1.1 * share
-    assert use.cpu_percent > use.ranks_cpu_percent
-    assert use.cpu_percent <= 100
-    assert use.ranks_memory_mib == pytest.approx(rank.memory_info().rss / MIB, rel=0.05)
-    assert use.ranks_memory_mib > 48
+        seconds, spent = time.monotonic() - begin, rank.cpu_times().user - before
+        resident = rank.memory_info().rss / MIB
+    expected = 100 * spent / seconds / (psutil.cpu_count() or 1)
+    assert use.ranks_cpu_percent == pytest.approx(expected, rel=0.1, abs=1)
+    assert use.ranks_memory_mib == pytest.approx(resident, rel=0.05)
+    assert expected > 5 and resident > 48
+    assert use.ranks_cpu_percent is not None
+    assert use.ranks_cpu_percent + 5 < use.cpu_percent <= 100
 
 
 def test_without_ranks_their_part_is_not_known() -> None:

@@ -73,3 +73,10 @@ def test_gpus_are_asked_for_by_name(tool: Tool) -> None:
     )
     (gpu,) = nvidia_smi.sample()
     assert (gpu.name, gpu.temperature_celsius) == ("NVIDIA A100", 9)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1e3", "inf", "nan", "1.", "9" * 400, "\u0663"])
+def test_what_no_tool_prints_is_no_number(text: str) -> None:
+    assert use.number("0") == 0 and use.number("65536") == 65536 and use.number("12.8") == 12.8
+    with pytest.raises(DeviceUseError, match="is not a number"):
+        use.number(text)

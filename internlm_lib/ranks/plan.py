@@ -98,6 +98,7 @@ def plan_ranks(
     master_port: int | None = None,
     interface: str | None = None,
     device: str | None = None,
+    environment: Mapping[str, str] | None = None,
     grace_seconds: float = DEFAULT_GRACE_SECONDS,
 ) -> LaunchPlan:
     """Spread `world_size` ranks evenly over nodes.
@@ -108,8 +109,10 @@ def plan_ranks(
         master_addr: address of the first node, if it is not to be found under its name.
         interface: network interface between the nodes, e.g. `eth0`.
         device: `npu`, `cuda` or `cpu`, for its environment variables.
+        environment: values for these, in place of the kit's; what the shell has set wins.
     Raises:
-        InputError: the nodes do not fit the ranks, each other, or the names given.
+        InputError: the nodes do not fit the ranks, each other, or the names given; or a variable
+            may not have its value.
     """
     per_node = _ranks_per_node(world_size, nnodes, nproc_per_node)
     if hosts and len(hosts) != nnodes:
@@ -130,7 +133,7 @@ def plan_ranks(
         master_port=0 if nnodes == 1 else _port(master_port),
         logs=logs,
         environment={
-            **rank_environment(device, per_node, interface),
+            **rank_environment(device, per_node, interface, environment),
             LOGS_VARIABLE: str(logs),
         },
         grace_seconds=grace_seconds,

@@ -41,6 +41,12 @@ class Nodes:
     interface: str | None = None
 
 
+def device_name(experiment: Experiment) -> str:
+    """What the experiment names, or what this machine has: the plan may be made elsewhere."""
+    name = experiment.parallel.device
+    return select_device().name if name == "auto" else name
+
+
 def plan_training(
     folder: RunFolder, experiment: Experiment, role: str, nodes: Nodes, *options: str
 ) -> LaunchPlan:
@@ -63,7 +69,8 @@ def plan_training(
         *options,
         world_size=experiment.layout(role).world_size,
         logs=folder.training(role).logs,
-        device=_device_name(experiment),
+        device=device_name(experiment),
+        environment=experiment.parallel.environment,
         grace_seconds=GRACE_SECONDS,
         **asdict(nodes),
     )
@@ -160,7 +167,7 @@ def _deepspeed(plan: LaunchPlan, experiment: Experiment, files: Path) -> dict[st
 
 def _slurm(plan: LaunchPlan, experiment: Experiment, files: Path) -> dict[str, Any]:
     plan.logs.mkdir(parents=True, exist_ok=True)  # or Slurm's own log, and the job, are lost
-    script = write_text(files / "job.sbatch", render.sbatch_script(plan, _device_name(experiment)))
+    script = write_text(files / "job.sbatch", render.sbatch_script(plan, device_name(experiment)))
     text = f"\n## Slurm: sbatch --time=… {script}\n{script.read_text()}"
     return {"script": str(script), "text": text}
 
@@ -170,12 +177,6 @@ _RENDERERS: dict[str, Callable[[LaunchPlan, Experiment, Path], dict[str, Any]]] 
     "deepspeed": _deepspeed,
     "slurm": _slurm,
 }
-
-
-def _device_name(experiment: Experiment) -> str:
-    """What the experiment names, or what this machine has: the plan may be made elsewhere."""
-    name = experiment.parallel.device
-    return select_device().name if name == "auto" else name
 
 
 def _facts(plan: LaunchPlan) -> dict[str, Any]:

@@ -21,17 +21,24 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    device: Annotated[
+        str | None,
+        typer.Option(help="npu, cuda or cpu: what training on it lacks here is then a failure."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Check this machine and environment; each finding comes with its fix."""
-    from internlm_lib.doctor import examine, print_findings
+    with reported(as_json):
+        from internlm_lib.doctor import examine, print_findings
 
-    with stdout_for_json(as_json):
-        findings = examine()
-    failed = any(finding.status == "fail" for finding in findings)
-    if as_json:
-        print_json({"ok": not failed, "findings": [vars(finding) for finding in findings]})
-    else:
-        print_findings(findings, console())
+        with stdout_for_json(as_json):
+            findings = examine(device)
+        failed = any(finding.status == "fail" for finding in findings)
+        if as_json:
+            print_json({"ok": not failed, "findings": [vars(finding) for finding in findings]})
+        else:
+            print_findings(findings, console())
     raise typer.Exit(1 if failed else 0)
 
 

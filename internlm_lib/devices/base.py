@@ -46,7 +46,11 @@ class Device(abc.ABC):
 
     @abc.abstractmethod
     def available(self) -> bool:
-        """Whether this machine can run on it now."""
+        """Whether this machine can run on it now; an error while finding out is a no."""
+
+    def advice(self) -> str:
+        """Where it is not available: what is missing, and what to do."""
+        return ""
 
     @abc.abstractmethod
     def count(self) -> int | None:
@@ -91,9 +95,11 @@ def select_device(name: str = "auto") -> Device:
     for device in found:
         if name in ("auto", device.name):
             return device
+    advice = next((f": {d.advice()}" for d in devices if d.name == name and d.advice()), "")
     raise InputError(
-        f"parallel.device = {name!r} is not usable here; found: "
-        f"{', '.join(d.name for d in found)}. Use one of these or auto; `internlm doctor` says more"
+        f"parallel.device = {name!r} is not usable here{advice}; found: "
+        f"{', '.join(d.name for d in found)}. Use one of these or auto; "
+        f"`internlm doctor --device {name}` says more"
     )
 
 

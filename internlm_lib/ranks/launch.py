@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -34,16 +34,17 @@ def launch(
     on_tick: Callable[[], None] | None = None,
     grace_seconds: float = DEFAULT_GRACE_SECONDS,
     device: str | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run `python -m module FOLDER ARGUMENTS…` on `world_size` ranks of this machine to the end.
 
     Args:
-        device: `npu`, `cuda` or `cpu`, for its environment variables.
+        device, environment: as for `plan_ranks`.
     The other arguments, and what is raised: as `LaunchPlan` and `launch_node`.
     """
     plan = plan_ranks(
-        module, folder, *arguments,
-        world_size=world_size, logs=logs, device=device, grace_seconds=grace_seconds,
+        module, folder, *arguments, world_size=world_size, logs=logs, device=device,
+        environment=environment, grace_seconds=grace_seconds,
     )  # fmt: skip
     launch_node(plan, on_tick=on_tick)
 

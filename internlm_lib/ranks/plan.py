@@ -105,6 +105,7 @@ def plan_ranks(
     master_port: int | None = None,
     interface: str | None = None,
     device: str | None = None,
+    environment: Mapping[str, str] | None = None,
     grace_seconds: float = DEFAULT_GRACE_SECONDS,
     cluster: Cluster | None = None,
 ) -> LaunchPlan:
@@ -117,9 +118,10 @@ def plan_ranks(
         interface: network interface between the nodes, e.g. `eth0`.
         device: `npu`, `cuda` or `cpu`, for its environment variables.
         cluster: what the nodes were taken from.
+        environment: values for these, in place of the kit's; what the shell has set wins.
     Raises:
         InputError: the nodes do not fit the ranks, each other, the names given, or have too few
-            devices.
+            devices; or a variable may not have its value.
     """
     per_node = _ranks_per_node(world_size, nnodes, nproc_per_node)
     if cluster and device in ("npu", "cuda"):
@@ -142,7 +144,7 @@ def plan_ranks(
         master_port=0 if nnodes == 1 else _port(master_port),
         logs=logs,
         environment={
-            **rank_environment(device, per_node, interface),
+            **rank_environment(device, per_node, interface, environment),
             **_rank_table(cluster, device),
             LOGS_VARIABLE: str(logs),
         },

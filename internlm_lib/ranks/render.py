@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from internlm_lib.devices.cann import AUTOLOAD_VARIABLE
 from internlm_lib.errors import InputError
 from internlm_lib.ranks.plan import DEFAULT_PORT, LaunchPlan
 from internlm_lib.ranks.stopping import stopped_file
@@ -63,6 +64,8 @@ def deepspeed_command(plan: LaunchPlan, hostfile: str, environment: str) -> str:
         _for_pdsh("an argument", argument)
     command = [
         "env", f"DS_ENV_FILE={environment}",
+        # The launcher imports torch, on a node that may lack what the others have.
+        f"{AUTOLOAD_VARIABLE}={plan.environment[AUTOLOAD_VARIABLE]}",
         sys.executable, "-m", "deepspeed.launcher.runner",
         f"--hostfile={hostfile}", f"--master_addr={plan.hosts[0]}",
         *([f"--master_port={plan.master_port}"] if plan.master_port else []),

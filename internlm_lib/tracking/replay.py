@@ -232,7 +232,7 @@ class TrainingReplay:
         """
         self._flush()
         known = {key: event[key] for key in _TRAINING_TAGS if event.get(key) is not None}
-        tags = known | event.get("tags", {})
+        tags = known | _environment_tags(event) | event.get("tags", {})
         old = self.mirror
         if old is not None and event["first_step"] == old.last_step + 1 > 1:
             old.started = event["time"]
@@ -297,6 +297,12 @@ class TrainingReplay:
             elif event["event"] == "step":
                 steps[event["step"]] = event
         return list(steps.values())
+
+
+def _environment_tags(event: Mapping[str, Any]) -> dict[str, str]:
+    """`environment/HCCL_CONNECT_TIMEOUT` … of a `start` event."""
+    values = event.get("environment", {})
+    return {f"environment/{name}": value for name, value in values.items() if value is not None}
 
 
 def _events_until(path: Path, time: float) -> Iterator[dict[str, Any]]:

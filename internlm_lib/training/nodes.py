@@ -54,6 +54,12 @@ class Nodes:
         return replace(self, **settled), node_rank
 
 
+def device_name(experiment: Experiment) -> str:
+    """What the experiment names, or what this machine has: the plan may be made elsewhere."""
+    name = experiment.parallel.device
+    return select_device().name if name == "auto" else name
+
+
 def plan_training(
     folder: RunFolder,
     experiment: Experiment,
@@ -84,7 +90,8 @@ def plan_training(
             *options,
             world_size=experiment.layout(role).world_size,
             logs=folder.training(role).logs,
-            device=_device_name(experiment),
+            device=device_name(experiment),
+            environment=experiment.parallel.environment,
             grace_seconds=GRACE_SECONDS,
             cluster=cluster,
             **{**asdict(nodes), "nnodes": 1 if nodes.nnodes is None else nodes.nnodes},
@@ -188,13 +195,13 @@ def _deepspeed(plan: LaunchPlan, experiment: Experiment, files: Path) -> dict[st
 
 def _slurm(plan: LaunchPlan, experiment: Experiment, files: Path) -> dict[str, Any]:
     plan.logs.mkdir(parents=True, exist_ok=True)  # or Slurm's own log, and the job, are lost
-    script = write_text(files / "job.sbatch", render.sbatch_script(plan, _device_name(experiment)))
+    script = write_text(files / "job.sbatch", render.sbatch_script(plan, device_name(experiment)))
     text = f"\n## Slurm: sbatch --time=… {script}\n{script.read_text()}"
     return {"script": str(script), "text": text}
 
 
 def _volcano(plan: LaunchPlan, experiment: Experiment, files: Path) -> dict[str, Any]:
-    job = write_text(files / "volcano.yaml", render.volcano_job(plan, _device_name(experiment)))
+    job = write_text(files / "volcano.yaml", render.volcano_job(plan, device_name(experiment)))
     return {"job": str(job), "text": f"\n## Volcano: kubectl create -f {job}\n{job.read_text()}"}
 
 
@@ -204,12 +211,6 @@ _RENDERERS: dict[str, Callable[[LaunchPlan, Experiment, Path], dict[str, Any]]] 
     "slurm": _slurm,
     "volcano": _volcano,
 }
-
-
-def _device_name(experiment: Experiment) -> str:
-    """What the experiment names, or what this machine has: the plan may be made elsewhere."""
-    name = experiment.parallel.device
-    return select_device().name if name == "auto" else name
 
 
 def _facts(plan: LaunchPlan) -> dict[str, Any]:
@@ -234,7 +235,7 @@ def _notes(plan: LaunchPlan, experiment: Experiment, role: str) -> list[str]:
     ]
     if plan.cluster:
         notes.append(plan.cluster.summary())
-        notes += plan.cluster.notes(_device_name(experiment), plan.hosts[0])
+        notes += plan.cluster.notes(device_name(experiment), plan.hosts[0])
     if plan.nnodes > 1:
         notes.append(
             f"every node needs {plan.folder.path} and this Python at the same path: a shared file "

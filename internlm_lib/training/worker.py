@@ -10,6 +10,7 @@ from internlm_lib import provenance
 from internlm_lib.devices import Device, select_device
 from internlm_lib.experiment.load import load_experiment
 from internlm_lib.experiment.schema import Experiment, Layout, ModelSection
+from internlm_lib.experiment.variables import those_of
 from internlm_lib.files import read_json, sha256_of
 from internlm_lib.journal import Journal
 from internlm_lib.model.arithmetic import model_flops_per_token, parameter_count
@@ -17,7 +18,7 @@ from internlm_lib.ranks.environment import ranks_on_this_node
 from internlm_lib.ranks.rank import rank_main
 from internlm_lib.ranks.stopping import StopRequest
 from internlm_lib.run_folder import RunFolder
-from internlm_lib.training.determinism import VARIABLES, make_deterministic
+from internlm_lib.training.determinism import make_deterministic
 from internlm_lib.training.guard import StepGuard
 from internlm_lib.training.profile import profiled
 from internlm_lib.training.recompute import Choice
@@ -37,9 +38,9 @@ def train_role(folder: RunFolder, role: str, *options: str) -> None:
     """
     _, experiment = load_experiment(folder.experiment)
     layout = experiment.layout(role)
-    if experiment.training.deterministic_mode:
-        make_deterministic()
     device = select_device(experiment.parallel.device)
+    if experiment.training.deterministic_mode:
+        make_deterministic(device.name)
     stop = StopRequest()
     device.adapt_megatron()
     _train(folder, role, experiment, layout, device, stop, profile="--profile" in options)
@@ -179,6 +180,8 @@ def _start(
     tokenizer: Path,
 ) -> dict[str, Any]:
     """What the `start` event says a training is."""
+    import torch
+
     training = experiment.training
     checkout = Path(__file__).resolve().parents[2]
     return {
@@ -193,8 +196,8 @@ def _start(
         "devices_per_node": ranks_on_this_node() or layout.world_size,
         "precision": training.precision,
         "seed": training.seed,
-        "deterministic_mode": training.deterministic_mode,
-        "environment": {name: os.environ.get(name) for name in VARIABLES},
+        "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
+        "environment": those_of(device.name, os.environ),
         "predecessor_decay": experiment.optimizer.predecessor_decay,
         "train_iters": training.train_iters,
         "tokens_per_step": training.global_batch_size * training.seq_length,

@@ -14,7 +14,7 @@ import yaml
 from internlm_lib.errors import InputError
 from internlm_lib.ranks import render
 from internlm_lib.ranks.cluster import Cluster
-from internlm_lib.ranks.environment import on_one_node
+from internlm_lib.ranks.environment import on_one_node, rank_environment
 from internlm_lib.ranks.plan import LaunchPlan, plan_ranks
 from internlm_lib.ranks.stopping import stopped_file
 from internlm_lib.run_folder import RunFolder
@@ -120,20 +120,16 @@ def test_one_node_meets_on_loopback_and_many_at_the_first(tmp_path: Path) -> Non
     assert expected < set(two)
 
 
-def test_a_device_gets_its_variables_and_the_users_win(
+def test_the_environment_is_that_of_the_device_the_node_and_the_params_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "600")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    npu = plan(tmp_path, device="npu", interface="eth1").environment
-    assert npu["HCCL_CONNECT_TIMEOUT"] == "600" and npu["INF_NAN_MODE_ENABLE"] == "1"
-    assert npu["HCCL_SOCKET_IFNAME"] == npu["GLOO_SOCKET_IFNAME"] == "eth1"
-    assert npu["OMP_NUM_THREADS"] == "6"
-    cuda = plan(tmp_path, device="cuda", interface="ib0").environment
-    assert cuda["NCCL_SOCKET_IFNAME"] == "ib0" and not any("HCCL" in name for name in cuda)
-    cpu = plan(tmp_path, device="cpu").environment
-    assert not any("IFNAME" in name or "CCL" in name for name in cpu)
+    chosen = {"TASK_QUEUE_ENABLE": "2"}
+    made = plan(tmp_path, device="npu", interface="eth1", environment=chosen)
+    logs = {"INTERNLM_RANK_LOGS": str(made.logs)}
+    assert made.environment == {**rank_environment("npu", 2, "eth1", chosen), **logs}
+    assert {"OMP_NUM_THREADS": "6", "TASK_QUEUE_ENABLE": "2", "HCCL_SOCKET_IFNAME": "=eth1"}.items(
+    ) <= made.environment.items()  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -264,6 +260,7 @@ def test_deepspeeds_launcher_understands_its_command(tmp_path: Path) -> None:
     command = shlex.split(render.deepspeed_command(made, str(tmp_path / "hosts"), "env"))
     runner = command.index("deepspeed.launcher.runner")
     assert command[:5] == ["cd", str(folder.root), "&&", "env", "DS_ENV_FILE=env"]
+    assert command[5] == "TORCH_DEVICE_BACKEND_AUTOLOAD=0"  # the launcher itself imports torch
     arguments = parse_args(command[runner + 1 :])
     (tmp_path / "hosts").write_text(render.deepspeed_hostfile(made))
     assert fetch_hostfile(arguments.hostfile) == {"a01": 2, "a02": 2}

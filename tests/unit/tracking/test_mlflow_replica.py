@@ -145,7 +145,7 @@ def test_what_only_some_trainings_record_arrives_too(folder):
     training = Journal(folder.training("candidate").journal)
     training.write(
         "start", role="candidate", first_step=1, train_iters=2, seed=7, deterministic_mode=True,
-        predecessor_decay=False,
+        predecessor_decay=False, environment={"OMP_NUM_THREADS": "2", "NCCL_ALGO": None},
     )  # fmt: skip
     for step, skipped in ((1, True), (2, False)):
         training.write(
@@ -162,6 +162,8 @@ def test_what_only_some_trainings_record_arrives_too(folder):
     assert _history(folder, train, "test/loss") == [(2, 4.25)]
     assert _history(folder, train, "train/grad_norm") == [(2, 1.0)]
     assert (train.data.tags["seed"], train.data.tags["deterministic_mode"]) == ("7", "True")
+    assert train.data.tags["environment/OMP_NUM_THREADS"] == "2"
+    assert "environment/NCCL_ALGO" not in train.data.tags  # older journals: known, but not set
 
 
 def test_losing_the_state_sends_no_point_twice(folder):

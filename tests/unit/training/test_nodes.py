@@ -29,11 +29,13 @@ def test_a_dry_run_prints_every_launchers_commands_for_65b(home: Path) -> None:
     result = launch(
         "params/internlm_65b.yaml", "--nnodes", "4", "--dry-run", "--interface", "eth0",
         "--run-name", "big", "--set", "parallel.device=npu",
+        "--set", "parallel.environment.HCCL_EXEC_TIMEOUT=3600",
     )  # fmt: skip
     assert result.exit_code == 0
     lines = [line for line in result.stdout.splitlines() if line.startswith("cd ")]
     assert [f"--node-rank={node}" in lines[node] for node in range(4)] == [True] * 4
-    assert all("HCCL_SOCKET_IFNAME=eth0" in line for line in lines[:4])
+    for variable in ("HCCL_SOCKET_IFNAME==eth0", "HCCL_EXEC_TIMEOUT=3600"):
+        assert all(f" {variable} " in line for line in lines[:4])
     assert "HOST_3 slots=8" in result.stdout and "#SBATCH --nodes=4" in result.stdout
     assert "huawei.com/Ascend910: 8" in result.stdout and "replicas: 4" in result.stdout
     assert "missing: " in result.stdout and "--only 01_prepare,02_convert" in result.stdout

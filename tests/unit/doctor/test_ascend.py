@@ -1,6 +1,6 @@
 """What doctor finds of an NPU, on machines as files and variables make them look."""
 
-from collections.abc import Callable
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,6 @@ from internlm_lib.doctor import ascend
 from internlm_lib.doctor.ascend import npu_findings
 from internlm_lib.doctor.finding import Finding, probe
 from internlm_lib.experiment.variables import variables
-
-Found = Callable[..., dict[str, Finding]]
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +133,11 @@ def test_a_whole_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toolki
 def test_devices_that_may_not_be_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("davinci0", "davinci_manager"):
         (tmp_path / "dev" / name).touch()
-    monkeypatch.setattr(ascend.os, "access", lambda path, mode: path.name != "davinci_manager")
+
+    def may(path: Path, mode: int) -> bool:
+        return path.name == "davinci0" or not mode & os.W_OK
+
+    monkeypatch.setattr(ascend.os, "access", may)
     devices = found(required=True)["npu devices"]
     assert devices.status == "fail" and "HwHiAiUser" in devices.fix
     assert devices.found == f"no permission: {tmp_path / 'dev' / 'davinci_manager'}"

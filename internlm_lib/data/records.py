@@ -1,16 +1,53 @@
-"""Alpaca-schema records from parquet, JSON or JSON-lines files, one at a time.
+"""Records of parquet, arrow, JSON, JSON-lines, CSV and text files, one at a time.
 
-A record has the text columns `instruction`, `input` and `output`; a column `text` (the rendered
-prompt of the published data set) and any others are ignored: the kit renders records itself.
+`read_rows` gives the columns of any of them. `read_records` gives the text columns `instruction`,
+`input` and `output` of an Alpaca-schema record; a column `text` (the rendered prompt of the
+published data set) and any others are ignored: the kit renders records itself.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from reprlib import repr as short_repr
+from typing import Any, Literal
 
+from internlm_lib.data.columns import Columns, Fault, Found, missing_column
+from internlm_lib.data.files import kind_of, source_files
+from internlm_lib.data.tables import read_arrow, read_parquet
+from internlm_lib.data.text_files import read_csv, read_json, read_jsonl, read_txt
 from internlm_lib.errors import InputError
+
+OnDamage = Literal["stop", "count"]
+
+_LISTED = 20
+
+
+class RecordError(InputError):
+    """A record that cannot be read or used; the message says where it lies. Others may be fine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record of a file."""
+
+    values: Mapping[str, Any]
+    """Name → value as it is read: text, a number, a list, None …"""
+    where: str
+    """`<file>, row 17` (parquet, arrow, a JSON list; from 0) or `<file>, line 18` (from 1)."""
+
+
+@dataclass
+class Damage:
+    """Records that were left out: filled while they are read with on_damage="count"."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+    """Messages of the first 20, each with file and position."""
+
+    def add(self, message: str) -> None:
+        self.count += 1
+        if len(self.first) < _LISTED:
+            self.first.append(message)
 
 
 @dataclass(frozen=True)
@@ -22,111 +59,113 @@ class Record:
     output: str
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a file, or of all files of a folder in the order of their names.
+def read_rows(
+    sources: Sequence[Path],
+    *,
+    columns: Mapping[str, str] = {},
+    only: Sequence[str] | None = None,
+    on_damage: OnDamage = "stop",
+    damage: Damage | None = None,
+) -> Iterator[Row]:
+    """Yield the rows of all files that the sources (files, folders, globs) mean, streamed.
 
-    A JSON file is read as a whole; parquet and JSON lines are streamed.
+    Files are read in the order of `data.files.source_files`; blank lines are left out. Of a text
+    file every line is a row with the one column `text`.
 
+    Args:
+        columns: a row's name for a value → the column of the file, where they differ.
+        only: names that are needed; parquet and arrow files are read in these alone. A name that
+            a file lacks is left out of its rows.
+        on_damage: "stop" raises a RecordError at a record that cannot be read; "count" leaves it
+            out and notes it in `damage`, which is then needed.
     Raises:
-        InputError: no such file, a folder without or with several kinds of record files, or a
-            record that lacks a column; the message names the file, the row and the column.
+        InputError: whatever `on_damage` is: no such source, several kinds of files in one, a file
+            that is cut off, holds no records, or lacks a mapped column.
     """
-    for file in record_files(path):
-        number = -1
-        for number, row in enumerate(_READERS[file.suffix.lower()](file)):
-            yield _record(row, f"{file}, row {number}")
-        if number < 0:
-            raise InputError(f"{file}: holds no records; remove it, or write it again")
-
-
-def record_files(path: Path) -> list[Path]:
-    """The files that `read_records` reads, in its order. Raises InputError."""
-    kinds = ", ".join(_READERS)
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder; expected records as {kinds}")
-    if path.is_file():
-        if path.suffix.lower() not in _READERS:
-            raise InputError(f"{path}: records are read from {kinds}, not from {path.suffix!r}")
-        return [path]
-    files = sorted(p for p in path.rglob("*") if _is_visible(p, path) and p.is_file())
-    found = [file for file in files if file.suffix.lower() in _READERS]
-    suffixes = sorted({file.suffix.lower() for file in found})
-    if len(suffixes) > 1:
-        # A data set is often published in two forms side by side: reading both doubles it.
-        raise InputError(
-            f"{path}: holds {' and '.join(suffixes)} files; "
-            "give one file, or a folder with one kind of file"
+    if on_damage == "count" and damage is None:
+        raise ValueError('on_damage="count" needs a Damage to count in')
+    for file in source_files(sources):
+        yield from _file_rows(
+            file, Columns(columns, only), damage if on_damage == "count" else None
         )
-    if not found:
-        raise InputError(f"{path}: holds no {kinds} file")
-    return found
 
 
-def _is_visible(file: Path, folder: Path) -> bool:
-    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
+def text_of(row: Row, name: str, *, optional: bool = False) -> str:
+    """The text of a row's value; of an optional one that is null or missing "".
 
-
-def _record(row: Any, where: str) -> Record:
-    if not isinstance(row, Mapping):
-        raise InputError(f"{where}: expected an object of columns, found {type(row).__name__}")
-    return Record(
-        instruction=_column(row, "instruction", where),
-        input=_column(row, "input", where, optional=True),
-        output=_column(row, "output", where),
-    )
-
-
-def _column(row: Mapping[str, Any], name: str, where: str, optional: bool = False) -> str:
-    value = row.get(name)
+    Raises RecordError.
+    """
+    value = row.values.get(name)
+    if isinstance(value, str):
+        return value
     if value is None and optional:
         return ""
-    if name not in row:
-        raise InputError(f"{where}: column {name!r} is missing; found {', '.join(map(str, row))}")
-    if not isinstance(value, str):
-        raise InputError(f"{where}: column {name!r} = {value!r} is not text")
-    return value
+    if name not in row.values:
+        found = ", ".join(map(str, row.values))
+        raise RecordError(f"{row.where}: column {name!r} is missing; found {found}")
+    raise RecordError(f"{row.where}: column {name!r} = {short_repr(value)} is not text")
 
 
-def _read_parquet(path: Path) -> Iterator[Any]:
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the Alpaca-schema records of a file, folder or glob.
+
+    Raises:
+        InputError: see `read_rows`; or a record lacks a column.
+    """
+    for row in read_rows([path], only=("instruction", "input", "output")):
+        yield Record(
+            instruction=text_of(row, "instruction"),
+            input=text_of(row, "input", optional=True),
+            output=text_of(row, "output"),
+        )
+
+
+def _file_rows(file: Path, columns: Columns, damage: Damage | None) -> Iterator[Row]:
+    """The rows of one file; damaged ones are noted in `damage` or, if that is None, raised."""
+    empty, unseen, values = True, dict(columns.mapping), {}
+    rename = columns.renamer()
+    for position, found in _read_file(file, columns):
+        where = f"{file}, {position}"
+        empty = False
+        if not isinstance(found, Fault):
+            values = rename(found)
+            if unseen:
+                unseen = {name: c for name, c in unseen.items() if name not in values}
+            yield Row(values, where)
+        elif damage is None:
+            raise RecordError(f"{where}: {found}")
+        else:
+            damage.add(f"{where}: {found}")
+    if empty:
+        raise InputError(f"{file}: holds no records; remove it, or write it again")
+    if unseen and values:
+        name, column = unseen.popitem()
+        raise missing_column(file, name, column, ", ".join(values))
+
+
+def _read_file(file: Path, columns: Columns) -> Iterator[Found]:
+    """What the reader of the file's kind yields; its errors become InputErrors."""
     import pyarrow
-    import pyarrow.parquet
 
+    kind, position = kind_of(file), ""
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            wanted = [n for n in file.schema_arrow.names if n in Record.__dataclass_fields__]
-            if not wanted:
-                found = ", ".join(file.schema_arrow.names)
-                raise InputError(f"{path}: column 'instruction' is missing; found {found}")
-            for batch in file.iter_batches(batch_size=1024, columns=wanted):
-                yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a readable parquet file: {error}") from error
-
-
-def _read_json(path: Path) -> Iterator[Any]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        for position, found in _READERS[kind](file, columns):
+            yield position, found
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:  # of a column's name
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+        after = f" (after {position})" if position else ""
         raise InputError(
-            f"{path}: not valid JSON: {error}; a file of one object per line is named .jsonl"
+            f"{file}: not a readable {kind} file{after}: {error}. "
+            "Is it cut off? Rows that are lost cannot be counted: fetch or write it again"
         ) from error
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: expected a list of records, found {type(rows).__name__}")
-    yield from rows
 
 
-def _read_json_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{path}, line {number}: not valid JSON: {error}") from error
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
-    ".parquet": _read_parquet,
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
+_READERS: dict[str, Callable[[Path, Columns], Iterator[Found]]] = {
+    "parquet": read_parquet,
+    "arrow": read_arrow,
+    "json": read_json,
+    "jsonl": read_jsonl,
+    "csv": read_csv,
+    "txt": read_txt,
 }

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from internlm_lib.data.records import Record, read_records
+from internlm_lib.data.records import Record, RecordError, Row, read_records, text_of
 from internlm_lib.errors import InputError
 
 ROWS: list[dict[str, Any]] = [
@@ -54,7 +54,8 @@ def test_input_may_be_null_or_absent(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["a.parquet", "a.json", "a.jsonl"])
 def test_missing_column_is_named_with_file_and_row(tmp_path: Path, name: str) -> None:
     rows = [{"instruction": "Go.", "answer": "ok"}]
-    with pytest.raises(InputError, match=rf"{name}, row 0: column 'output' is missing; found"):
+    place = "line 1" if name == "a.jsonl" else "row 0"
+    with pytest.raises(InputError, match=rf"{name}, {place}: column 'output' is missing; found"):
         list(read_records(write(tmp_path / name, rows)))
 
 
@@ -75,13 +76,14 @@ def test_parquet_without_any_alpaca_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", '{"instruction": "x"}', "expected a list of records, found dict"),
-        ("a.json", '{"a": 1}\n{"a": 2}', "one object per line is named .jsonl"),
+        ("a.json", '"instruction"', "expected a list of records or one object per line"),
+        ("a.json", '{\n "a": [{"b": 1}]\n}', "found neither .line 1: not valid JSON"),
         ("a.json", "[]", "holds no records"),
         ("a.json", '["x"]', "row 0: expected an object of columns, found str"),
         ("a.jsonl", '{"instruction": "x", "output": "y"}\n{oops', "line 2: not valid JSON"),
         ("a.parquet", "text", "not a readable parquet file"),
-        ("a.csv", "instruction,output", "records are read from .parquet, .json, .jsonl"),
+        ("a.csv", "instruction,output", "holds no records"),
+        ("a.tsv", "instruction\toutput", r"records are read from \.parquet, .*, not from '.tsv'"),
     ],
 )
 def test_unreadable_files(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -94,9 +96,25 @@ def test_unreadable_files(tmp_path: Path, name: str, content: str, message: str)
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file or folder"):
         list(read_records(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="holds no .parquet, .json, .jsonl file"):
+    with pytest.raises(InputError, match="holds no records; their files are named .parquet"):
         list(read_records(tmp_path))
     write(tmp_path / "a.json", ROWS)
     write(tmp_path / "a.parquet", ROWS)
     with pytest.raises(InputError, match=r"holds \.json and \.parquet files; give one"):
         list(read_records(tmp_path))
+
+
+def test_text_of_a_value() -> None:
+    row = Row({"a": "x", "b": None, "c": ["y"] * 1000}, "f.jsonl, line 3")
+    assert (text_of(row, "a"), text_of(row, "b", optional=True)) == ("x", "")
+    assert text_of(row, "d", optional=True) == ""
+    for name, message in {
+        "b": "column 'b' = None is not text",
+        "c": r"column 'c' = \['y', .*\.\.\.\] is not text",
+        "d": "column 'd' is missing; found a, b, c",
+    }.items():
+        with pytest.raises(RecordError, match=f"f.jsonl, line 3: {message}") as error:
+            text_of(row, name)
+        assert len(str(error.value)) < 100
+    with pytest.raises(RecordError, match="is not text"):
+        text_of(row, "c", optional=True)

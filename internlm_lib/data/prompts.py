@@ -1,9 +1,10 @@
-"""How a record becomes text: three templates, each a prompt and what joins the answer to it.
+"""How a record becomes text: templates, each a prompt and what joins the answer to it.
 
 Sources: `alpaca` is the template of tatsu-lab/stanford_alpaca `train.py`, which puts the output
 directly after the response header (the data set's own `text` column has a newline there).
 `ascendspeed` is what AscendSpeed's AlpacaPretrainHandler trained on, byte for byte, oddities
-included. `question_answer` is the form in which stage 06 asks.
+included; `alpaca_instruction` is the template of its GeneralInstructionHandler, for one turn.
+`question_answer` is the form in which stage 06 asks.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,9 @@ _ALPACA_PREAMBLE_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request."
 )
+_STEP_BY_STEP = (
+    "Please note that you need to think through your response logically and step by step."
+)
 _VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
@@ -28,7 +32,7 @@ _VICUNA_SYSTEM = (
 
 @dataclass(frozen=True)
 class Template:
-    """A document is the prompt, `joint`, and the output.
+    """A document is the prompt, `joint`, the output, and `end`.
 
     A blank before the answer belongs to `joint`, not to the prompt: tokenizers keep it together
     with the word that follows, so a prompt that ended in it would be cut inside a token.
@@ -37,10 +41,12 @@ class Template:
     prompt: Callable[[str, str], str]
     """(instruction, input) → the text a model is asked to continue."""
     joint: str
+    end: str = ""
 
     def document(self, record: Record) -> str:
         """The whole text of a record, as it is trained on."""
-        return self.prompt(record.instruction, record.input) + self.joint + record.output
+        prompt = self.prompt(record.instruction, record.input)
+        return prompt + self.joint + record.output + self.end
 
 
 def template(name: str) -> Template:
@@ -66,6 +72,14 @@ def _ascendspeed(instruction: str, input_text: str) -> str:
     )
 
 
+def _alpaca_instruction(instruction: str, input_text: str) -> str:
+    # Also an empty input has its line.
+    return (
+        f"\n{_ALPACA_PREAMBLE_WITH_INPUT} {_STEP_BY_STEP}\n"
+        f"### Instruction:\n{instruction}\n{input_text}\n### Response:"
+    )
+
+
 def _question_answer(instruction: str, input_text: str) -> str:
     question = f"{instruction}\n{input_text}" if input_text else instruction
     return f"Question: {question}\nAnswer:"
@@ -75,4 +89,5 @@ TEMPLATES: dict[str, Template] = {
     "alpaca": Template(_alpaca, joint=""),
     "ascendspeed": Template(_ascendspeed, joint=" "),
     "question_answer": Template(_question_answer, joint=" "),
+    "alpaca_instruction": Template(_alpaca_instruction, joint="\n", end="\n"),
 }

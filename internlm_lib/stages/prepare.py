@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm_lib.data.indexed import read_documents, token_files
+from internlm_lib.data.known_tokenizers import tokenizer_for
 from internlm_lib.data.pocket import make_pocket_world, write_pocket_world
 from internlm_lib.data.preprocess import Corpus, preprocess
 from internlm_lib.data.prompts import Template, template
@@ -106,20 +107,16 @@ def gather_questions(stage: Stage) -> Questions:
 def make_tokenizer(stage: Stage, records: Records) -> Tokenizer:
     """Copy `data.tokenizer_model`, or train a tokenizer on the records' documents.
 
-    Raises InputError if it has more pieces than the model's embedding has rows.
+    Raises InputError if it is not the one that the model needs.
     """
-    model, target = stage.experiment.data.tokenizer_model, stage.folder.tokenizer
-    rows = stage.experiment.model.vocab_size
-    if model is None:
-        tokenizer = train_tokenizer(records.documents(), rows, target)
+    given, target = stage.experiment.data.tokenizer_model, stage.folder.tokenizer
+    model = stage.experiment.model
+    if given is None:
+        tokenizer = train_tokenizer(records.documents(), model.vocab_size, target)
     else:
-        tokenizer = copy_tokenizer(stage.folder.root / model, target)
-    if tokenizer.vocab_size > rows:
-        raise InputError(
-            f"model.vocab_size = {rows} is less than the {tokenizer.vocab_size} pieces of "
-            f"data.tokenizer_model = {model!r}; set model.vocab_size to {tokenizer.vocab_size}, "
-            "or data.tokenizer_model to null to train one of that many pieces"
-        )
+        source = stage.folder.root / given
+        tokenizer_for(source, vocab_size=model.vocab_size, preset=model.preset)
+        tokenizer = copy_tokenizer(source, target)
     stage.tags({"data/tokenizer_sha256": sha256_of(target)})
     return tokenizer
 

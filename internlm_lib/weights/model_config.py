@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from internlm_lib.data.known_tokenizers import tokenizer_for
 from internlm_lib.data.tokenizer import Tokenizer
 from internlm_lib.errors import InputError
 from internlm_lib.experiment.load import load_experiment
@@ -82,18 +83,14 @@ def find_tokenizer(source: Path, model: ModelSection, named: Path | None = None)
     Args:
         named: a tokenizer.model or its folder.
     Raises:
-        InputError: if it is none, or has more pieces than the model's vocabulary.
+        InputError: if it is none, or another model's.
     """
     path = source if named is None else named
     if path.is_dir():
         path = path / TOKENIZER
     if named is None and not path.is_file():
         return None
-    if (pieces := Tokenizer(path).vocab_size) > model.vocab_size:
-        raise InputError(
-            f"{path} has {pieces} pieces, but the model's vocabulary {model.vocab_size}: it is "
-            "another model's tokenizer"
-        )
+    tokenizer_for(path, vocab_size=model.vocab_size, preset=model.preset)
     return path
 
 

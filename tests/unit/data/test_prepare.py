@@ -98,7 +98,7 @@ def test_given_tokenizer_must_fit_the_model(home: Path) -> None:
     assert prepare.run(stage_of(home, given))["vocab_size"] == 512
     stage = stage_of(home, {**given, "model.vocab_size": 400})
     records = prepare.gather_records(stage)
-    with pytest.raises(InputError, match="model.vocab_size = 400 is less than the 512 pieces"):
+    with pytest.raises(InputError, match="has 512 pieces, but the model.s embedding only 400 rows"):
         prepare.make_tokenizer(stage, records)
 
 

@@ -52,6 +52,16 @@ def test_ascendspeed_is_the_predecessors_text_to_the_byte(
     assert (len(document), sha256(document)) == (length, digest)
 
 
+def test_alpaca_instruction_is_the_predecessors_text_to_the_byte() -> None:
+    """The facts give the beginnings of the hashes."""
+    document = template("alpaca_instruction").document(Record("Add.", "1 2", "3"))
+    system = document.split("\n")[1]
+    assert (len(system), sha256(system)[:16]) == (242, "75694f78b6ebe6f7")
+    assert (len(document), sha256(document)[:16]) == (286, "3e698b3993d8cedd")
+    without = template("alpaca_instruction").document(Record("Say hi.", "", "hi"))
+    assert without.endswith("### Instruction:\nSay hi.\n\n### Response:\nhi\n")
+
+
 def test_question_answer_joins_instruction_and_input_with_a_line_break() -> None:
     question_answer = template("question_answer")
     assert question_answer.document(Record("Add.", "1 2", "3")) == "Question: Add.\n1 2\nAnswer: 3"
@@ -63,7 +73,7 @@ def test_document_is_prompt_joint_output_and_no_prompt_ends_in_a_blank(name: str
     chosen = template(name)
     for record in (Record("Do.", "it", "done"), Record("Do.", "", "done")):
         prompt = chosen.prompt(record.instruction, record.input)
-        assert chosen.document(record) == prompt + chosen.joint + "done"
+        assert chosen.document(record) == prompt + chosen.joint + "done" + chosen.end
         assert prompt == prompt.rstrip()
 
 

@@ -654,7 +654,7 @@ def test_the_tokenizer_goes_along_and_on(
 def test_a_tokenizer_of_more_pieces_than_the_embedding_has_rows_is_refused(
     tokenizer_model: Path, source32: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="330 pieces, but the model's vocabulary 50"):
+    with pytest.raises(InputError, match="330 pieces, but the model's embedding only 50 rows"):
         plan_conversion(source32, tmp_path / "hf", Order("classic"), tokenizer=tokenizer_model)
 
 

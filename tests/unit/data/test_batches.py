@@ -200,9 +200,8 @@ def build(prefix: Path, split: str = "1,0,0", **training: Any) -> Any:
 
 
 def sha256(prefix: Path, **training: Any) -> str:
-    from internlm_lib.data.batches import data_order_sha256
-
-    return data_order_sha256(build(prefix, **training)[0])
+    order: str = build(prefix, **training).train.order_sha256
+    return order
 
 
 def test_labels_are_the_tokens_that_follow(prefix: Path) -> None:

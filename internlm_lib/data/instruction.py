@@ -137,6 +137,8 @@ class InstructionDataset(MegatronDataset):
         }
 
     def _row(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
         epoch, within = divmod(index, len(self.indices))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)

@@ -59,7 +59,7 @@ def plan_epochs(documents: int, tokens: int, seq_length: int, samples: int) -> E
     epochs = -(-(samples * seq_length + 1) // tokens)
     if epochs == 1 or epochs * documents + samples <= MEGATRON_ENTRIES:
         return EpochPlan(epochs, 1, (epochs * tokens - 1) // seq_length)
-    per_epoch = max(documents, tokens // seq_length)
+    per_epoch = max(documents, -(-tokens // seq_length))
     together = max(1, BLOCK_ENTRIES // per_epoch)
     of_block = (together * tokens - 1) // seq_length
     return EpochPlan(together, -(-samples // of_block), of_block)
@@ -155,6 +155,8 @@ class PretrainDataset(GPTDataset):
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, Any]:
         """Called by GPTDataset for a sample: its tokens, and the documents they are of."""
+        if not 0 <= idx < len(self):
+            raise IndexError(f"sample {idx} of {len(self)}")
         block, within = divmod(int(idx), self._plan.block_samples)
         if block != self._block:
             self._block = block

@@ -8,12 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from internlm_lib.files import atomic_path
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+Kind = Literal["pretrain", "instruction"]
+"""pretrain: one file of token ids. instruction: three parallel ones, `FIELDS`."""
+FIELDS = ("input_ids", "attention_mask", "labels")
 
 
 class DocumentWriter:
@@ -56,6 +60,13 @@ def read_documents(prefix: Path, numbers: Sequence[int]) -> list[list[int]]:
 def token_files(prefix: Path) -> tuple[Path, Path]:
     """`<prefix>.bin` and `<prefix>.idx`."""
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
+
+
+def field_prefix(prefix: Path, kind: Kind, field: str = "input_ids") -> Path:
+    """Prefix of the files of one field: of instruction data as AscendSpeed names them."""
+    if kind == "pretrain":
+        return prefix
+    return prefix.with_name(f"{prefix.name}_packed_{field}_document")
 
 
 def _indexed_dataset() -> ModuleType:

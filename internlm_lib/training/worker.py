@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from internlm_lib import provenance
 from internlm_lib.devices import Device, select_device
+from internlm_lib.errors import InputError
 from internlm_lib.experiment.load import load_experiment
 from internlm_lib.experiment.schema import Experiment, Layout, ModelSection
 from internlm_lib.experiment.variables import those_of
@@ -27,6 +28,7 @@ from internlm_lib.weights.start import starting_folder
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
+    from internlm_lib.data.batches import Samples
     from internlm_lib.engines.base import Engine
 
 
@@ -59,12 +61,11 @@ def _train(
     # These import megatron, which must be adapted to the device first.
     from megatron.core import parallel_state
 
-    from internlm_lib.data.batches import BatchStream, build_datasets, data_order_sha256
+    from internlm_lib.data.batches import BatchStream, build_datasets
     from internlm_lib.engines.stopwatch import time_collectives
     from internlm_lib.model.build import build_chunks
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
     from internlm_lib.training.activations import decide_recompute
-    from internlm_lib.training.agreement import from_rank_zero
     from internlm_lib.training.checkpoint import CheckpointWriter, restore
     from internlm_lib.training.loop import Throughput, TrainingLoop, held_out_loss
     from internlm_lib.training.resume import find_start
@@ -83,7 +84,7 @@ def _train(
     weights = starting_folder(folder, experiment.model)
     hashes = {
         "config_sha256": provenance.sha256_of_experiment(experiment),
-        "data_sha256": from_rank_zero(lambda: data_order_sha256(train_data)),
+        "data_sha256": _order_sha256(train_data),
         "weights_sha256": _weights_sha256(folder, weights, experiment.model),
     }
     start = find_start(files, hashes, record)
@@ -109,6 +110,7 @@ def _train(
     record(
         "start",
         **_start(role, experiment, layout, device, choice, hashes, folder.tokenizer),
+        data=train_data.facts,
         first_step=start.position.step + 1,
         resumed_from=start.checkpoint.name if start.checkpoint else None,
         steps_repeated=start.steps_repeated,
@@ -158,6 +160,20 @@ def build_engine(chunks: "list[GPTModel]", layout: Layout, experiment: Experimen
 
 def _record_nothing(event: str, **fields: Any) -> None:
     """What ranks other than the first write."""
+
+
+def _order_sha256(train_data: "Samples") -> str:
+    """What every rank reads; raises InputError on one that reads something else. Collective."""
+    from internlm_lib.training.agreement import from_rank_zero
+
+    expected = from_rank_zero(lambda: train_data.order_sha256)
+    if train_data.order_sha256 != expected:
+        raise InputError(
+            f"this rank reads other data than the first one (order {train_data.order_sha256[:12]}… "
+            f"instead of {expected[:12]}…): every node needs the run's folder, and all data, at "
+            "the same path of one shared file system"
+        )
+    return expected
 
 
 def _weights_sha256(folder: RunFolder, weights: Path, model: ModelSection) -> str:

@@ -31,7 +31,8 @@ ALLOWED_IN = {
     "mlflow": ("tracking/",),
     "deepspeed": ("engines/zero.py", "weights/zero.py"),
     "megatron": (
-        "devices/", "model/", "engines/", "weights/", "data/batches.py", "data/indexed.py",
+        "devices/", "model/", "engines/", "weights/", "data/batches.py", "data/blend.py",
+        "data/indexed.py", "data/instruction.py", "data/parts.py", "data/pretrain.py",
         "training/", "generation/",
     ),
     "lm_eval": ("evaluation/",),

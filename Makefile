@@ -7,17 +7,23 @@ PARAMS ?= params/tiny.yaml
 CONDA  ?= $(shell command -v mamba || command -v conda)
 PORT   ?= 5000
 UV     ?= uv
+# `make env NPU=1` adds the torch_npu of pyproject's npu extra, and takes torch's build for CPUs from
+# torch's own index: beside PyPI's, which are for CUDA on x86_64 and aarch64, torch_npu refuses to be
+# imported.
+NPU    ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 ENV := $(if $(strip $(CONDA)),.conda,.venv)
 BIN := $(ENV)/bin
-INSTALLED := $(ENV)/.installed
+INSTALLED := $(ENV)/.installed$(if $(strip $(NPU)),-npu)
+TORCH_BUILD := $(if $(strip $(NPU)),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: help env reproduce test lab ui lint format lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-env: $(INSTALLED)  ## the environment, built again when the lock changes
+env: $(INSTALLED)  ## the environment, built again when the lock changes (NPU=1: for Ascend)
 
 reproduce: env  ## the six notebooks on the tiny experiment (or PARAMS=…)
 	$(BIN)/internlm run $(PARAMS)
@@ -67,15 +73,22 @@ clean:  ## remove environments and caches; runs/, reports/ and mlflow/ stay
 	    "$$found" -m venv .venv || { echo "make env: $$found has no venv module" \
 	        "(Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }; \
 	fi
-	.venv/bin/python -m pip install -r requirements.lock
+	.venv/bin/python -m pip install $(TORCH_BUILD) -r requirements.lock
 	$(finish_environment)
 
 .conda/.installed: requirements.lock pyproject.toml environment.yml
-	$(CONDA) env $(if $(wildcard .conda/bin/python),update,create) --prefix ./.conda --file environment.yml
+	$(if $(TORCH_BUILD),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) $(CONDA) env $(if $(wildcard .conda/bin/python),update,create) --prefix ./.conda --file environment.yml
 	$(finish_environment)
 
 define finish_environment
 $(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 $(BIN)/python -m ipykernel install --sys-prefix --name internlm --display-name "InternLM kit"
-touch $(INSTALLED)
+touch $@
 endef
+
+# An environment that was built without NPU=1 may have torch's build for CUDA: it is replaced.
+$(ENV)/.installed-npu: $(ENV)/.installed
+	$(BIN)/python -m pip install $(TORCH_BUILD) \
+	    "$$(sed -n 's/^torch==\([0-9.]*\).*/torch==\1+cpu/p' requirements.lock)" \
+	    "$$(sed -n 's/^npu = \["\(.*\)"\]/\1/p' pyproject.toml)"
+	touch $@

@@ -21,7 +21,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from internlm_lib.provenance import record
 from internlm_lib.ranks.launch import LAUNCHER_VARIABLE, launch
 from internlm_lib.ranks.rank import rank_main
 from internlm_lib.run_folder import RunFolder
+from internlm_lib.selftest.corpus import write_weights
 
 if TYPE_CHECKING:
     from internlm_lib.data.batches import BatchStream
@@ -184,7 +185,7 @@ def make_run(root: Path, steps: int, **overrides: Any) -> RunFolder:
     _, experiment = load_experiment(REPOSITORY / "params" / "tiny.yaml", values)
     save_experiment(folder.experiment, folder.name, experiment)
     _write_corpus(folder, experiment)
-    write_weights(folder, experiment)
+    write_weights(folder.huggingface, experiment.model, experiment.training.seed)
     return folder
 
 
@@ -197,23 +198,6 @@ def _write_corpus(folder: RunFolder, experiment: Experiment) -> None:
     made = handler(data.prompt_template, tokenizer)
     options = Options(append_eod=data.append_eod)
     preprocess([path], folder.corpus_prefix, made, tokenizer, options)
-
-
-def write_weights(folder: RunFolder, experiment: Experiment) -> None:
-    """Random, biases and norms too: a bias of zero would hide where it is added."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from internlm_lib.weights.initial import write_random
-
-    write_random(folder.huggingface, experiment.model, experiment.training.seed, "fp32")
-    path = folder.huggingface / "model.safetensors"
-    tensors = load_file(path)
-    generator = torch.Generator().manual_seed(11)
-    for name in sorted(tensors):
-        if tensors[name].dim() == 1:
-            tensors[name] += 0.1 * torch.randn(tensors[name].shape, generator=generator)
-    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def train_layouts(
@@ -450,47 +434,13 @@ class _Curve:
 def _train_transformers(
     run: RunFolder, experiment: Experiment, stream: "BatchStream", validation: "BatchStream"
 ) -> Curve:
-    """The independent reference: LlamaForCausalLM, AdamW, clip_grad_norm_, as one writes them."""
-    import torch
+    from internlm_lib.training.plain_loop import PlainLoop
 
-    from internlm_lib.training.schedule import learning_rate
-    from internlm_lib.weights.huggingface import open_huggingface, transformers_model
-
-    training, settings = experiment.training, experiment.optimizer
-    llama = transformers_model(open_huggingface(run.huggingface)).train()
-    matrices = [p for p in llama.parameters() if p.dim() > 1]
-    others = [p for p in llama.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": settings.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_eps,
-    )
-
-    def losses(batches: Iterator[Any]) -> Iterator[torch.Tensor]:
-        for batch in batches:
-            logits = llama(batch.tokens, use_cache=False).logits
-            yield torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
-
-    accumulate = training.num_micro_batches(Layout())
-    curve = _Curve()
-    for step in range(1, training.train_iters + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, step)
-        optimizer.zero_grad()
-        total = 0.0
-        for loss in losses(stream.step(step - 1)):
-            (loss / accumulate).backward()
-            total += loss.item() / accumulate
-        norm = torch.nn.utils.clip_grad_norm_(llama.parameters(), settings.clip_grad)
-        optimizer.step()
-        curve.add(total, norm.item())
-        if step == training.train_iters // 2:
-            with torch.no_grad():
-                found = [loss.item() for loss in losses(validation.step(0))]
-            curve.validation_loss = sum(found) / len(found)
+    loop, curve = PlainLoop(run.huggingface, experiment), _Curve()
+    for step in range(1, experiment.training.train_iters + 1):
+        curve.add(*loop.step(stream.step(step - 1), step))
+        if step == experiment.training.train_iters // 2:
+            curve.validation_loss = loop.validation_loss(validation.step(0))
     return curve.found()
 
 

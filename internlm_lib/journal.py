@@ -3,8 +3,8 @@
 One event per line: `{"event": <kind>, "time": <unix seconds>, …}`. Kinds used by the kit:
 `start`, `step`, `validation`, `test`, `end` and what befell it, `checkpoint`, `checkpoint_failed`,
 `broken_checkpoint`, `bad_step`, `restart` (a training); `stage`, `metrics`, `series`, `tags`,
-`artifact` (a run). A line is written whole or not at all; a torn last line, left by a crash, is
-ignored by readers.
+`artifact` (a run); `device_sampling`, `device_sample`, `device_sample_failed` (a node's devices).
+A line is written whole or not at all; a torn last line, left by a crash, is ignored by readers.
 """
 
 import json

@@ -1,13 +1,14 @@
 """What a result was made with: versions, commit, environment, host. Imports nothing heavy."""
 
 import hashlib
-import json
 import os
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
+
+from internlm_lib.files import sha256_of_json
 
 PACKAGES = ("torch", "torch_npu", "megatron-core", "deepspeed", "transformers", "mlflow")
 
@@ -98,7 +99,7 @@ def sha256_of_experiment(experiment: Dumpable) -> str:
         name: {k: v for k, v in values[name].items() if k not in _HOW_NOT_WHAT.get(name, ())}
         for name in _EXPERIMENT_SECTIONS
     }
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(chosen)
 
 
 def git_state(checkout: Path) -> dict[str, Any]:

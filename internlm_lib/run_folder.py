@@ -129,6 +129,14 @@ class TrainingFolder:
     def journal(self) -> Path:
         return self.path / "journal.jsonl"
 
+    def devices(self, node_rank: int = 0) -> Path:
+        """Journal of one node's device samples (`tracking.device_sampler`)."""
+        return self.path / (f"devices-node{node_rank}.jsonl" if node_rank else "devices.jsonl")
+
+    def device_journals(self) -> list[Path]:
+        """Those of all nodes that wrote one."""
+        return sorted(self.path.glob("devices*.jsonl"))
+
     @property
     def logs(self) -> Path:
         """`launcher.log`, `rank0.log` …; `rank1.error` holds the traceback of a failed rank."""

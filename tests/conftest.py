@@ -1,6 +1,7 @@
 """What all tests share: a project root of their own, so that no test writes into the checkout."""
 
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -33,3 +34,15 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def heed_interrupts() -> None:
     """For `Popen(preexec_fn=…)`: a shell lets its background jobs, and theirs, ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+CLUSTER_VARIABLES = re.compile(
+    "(SLURM|VC|VK|MA|PET|MINDX)_.*|RANK_TABLE_FILE|NNODES|NODE_RANK|NPROC_PER_NODE|MASTER_.*"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may themselves run in a job of a cluster, whose nodes are not theirs."""
+    for name in filter(CLUSTER_VARIABLES.fullmatch, list(os.environ)):
+        monkeypatch.delenv(name)

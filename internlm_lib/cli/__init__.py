@@ -19,6 +19,7 @@ app = typer.Typer(
 
 for command in (
     machines.doctor,
+    machines.selftest,
     stages.run,
     stages.prepare,
     data.preprocess,

@@ -1,22 +1,23 @@
 """Token files → batches, in Megatron's data order: the same for every engine and layout."""
 
-import hashlib
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from torch import Tensor
 
-from internlm_lib.data.indexed import token_files
+from internlm_lib.data.blend import BlendBuilder
+from internlm_lib.data.indexed import Kind
+from internlm_lib.data.instruction import InstructionDataset
+from internlm_lib.data.parts import PARTS, check_parts, parts_to_read
+from internlm_lib.data.pretrain import PretrainDataset
 from internlm_lib.errors import InputError
 from internlm_lib.experiment.schema import DataSection, TrainingSection
-from internlm_lib.files import sha256_of
 
 
 @dataclass(frozen=True)
@@ -33,102 +34,109 @@ class Batch:
     """int64, 0 … seq_length − 1; not reset at document borders, as the predecessor."""
 
 
-_PARTS = {"training": "first", "validation": "second", "test": "third"}
-"""Parts of a corpus, and which number of `data.split` says how large each is."""
+class Samples(Protocol):
+    """Samples of one part of a corpus, or of a blend, in the order in which they are taken."""
+
+    @property
+    def order_sha256(self) -> str:
+        """Hash of what the token files hold and of the order of the samples. The same wherever the
+        files lie and whatever layout or device reads them; another one for other content, split,
+        seed, `seq_length`, number of samples or kind of data."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For records: kind, samples, epochs … (JSON)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]:
+        """The fields of `Batch`, each [seq_length]."""
+
+
+class Datasets(NamedTuple):
+    """Samples of the three parts of a corpus; None for a part that is not read."""
+
+    train: Samples
+    valid: Samples | None
+    test: Samples | None
 
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """What GPTDataset asks of a tokenizer."""
+    """What megatron-core's datasets ask of a tokenizer."""
 
     vocab_size: int
     eod: int = 2
     unique_identifiers: tuple[str, ...] = ("sentencepiece",)
 
 
-class Datasets(NamedTuple):
-    """Samples of the three parts of a corpus; None for a part that is not read."""
-
-    train: GPTDataset
-    valid: GPTDataset | None
-    test: GPTDataset | None
-
-
 def build_datasets(
-    prefix: Path, data: DataSection, training: TrainingSection, vocab_size: int
+    source: Path | Sequence[tuple[float, Path]],
+    data: DataSection,
+    training: TrainingSection,
+    vocab_size: int,
+    *,
+    kind: Kind = "pretrain",
+    index_folder: Path | None = None,
 ) -> Datasets:
-    """Samples of `<prefix>.bin/.idx` for all training steps; with `eval_iters` also for all
-    validations, and for the test after the last step unless `data.split` leaves no test part.
+    """Samples for all training steps; with `eval_iters` also for all validations, and for the test
+    after the last step unless `data.split` leaves no test part.
 
-    Collective: rank 0 builds the index maps beside the data, the others read them.
-    Raises InputError if a part that is asked for holds no whole sample.
+    Collective: rank 0 checks and makes what the others read.
+
+    Args:
+        source: prefix of a corpus' files, or weights and prefixes of several to be mixed.
+        kind: `instruction` reads rows with labels (see `data/instruction.py`), a sample each.
+        index_folder: where the order of samples is kept; by default `index/` beside the (first)
+            corpus. What is in it can be made again.
+    Raises:
+        InputError: files are missing, damaged or do not belong together, a weight is not positive,
+            or a part that is asked for holds no sample.
     """
-    validations = training.train_iters // training.eval_interval + 1
+    prefixes, weights = _corpora(source)
     test_samples = training.eval_iters * training.global_batch_size
-    valid_samples = validations * test_samples
+    validations = training.train_iters // training.eval_interval + 1
     config = GPTDatasetConfig(
         random_seed=training.seed,
         sequence_length=training.seq_length,
-        blend=([str(prefix)], None),
+        blend=([str(prefix) for prefix in prefixes], weights),
         split=data.split,
-        path_to_cache=str(_index_folder(prefix)),
+        path_to_cache=str(index_folder or prefixes[0].parent / "index"),
         tokenizer=_Vocabulary(vocab_size),
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    train_part, valid_part, test_part = config.split_matrix
-    asked = {"training": train_part}
-    if training.eval_iters:
-        asked["validation"] = valid_part
-    if training.eval_iters and test_part:
-        asked["test"] = test_part
-    for name, part in asked.items():
-        _check_part(prefix, name, part, data, training)
+    parts = parts_to_read(config.split_matrix, training)
+    for prefix in prefixes:
+        check_parts(prefix, kind, parts, data, training)
     # Only the parts that are read: of a part without documents megatron counts epochs for ever.
-    config.split_matrix = [asked.get(name) for name in _PARTS]
+    config.split_matrix = [parts.get(name) for name in PARTS]
     return Datasets(
-        *BlendedMegatronDatasetBuilder(
-            GPTDataset, [training.train_samples, valid_samples, test_samples], lambda: True, config
+        *BlendBuilder(
+            InstructionDataset if kind == "instruction" else PretrainDataset,
+            [training.train_samples, validations * test_samples, test_samples],
+            lambda: True,
+            config,
         ).build()
     )
 
 
-def _index_folder(prefix: Path) -> Path:
-    """Where megatron keeps its index maps: it names them after the path and the settings alone, so
-    that those of an earlier corpus at `prefix` would be taken for this one's."""
-    return prefix.parent / "index" / sha256_of(token_files(prefix)[1])[:16]
-
-
-def _check_part(
-    prefix: Path,
-    name: str,
-    part: tuple[float, float] | None,
-    data: DataSection,
-    training: TrainingSection,
-) -> None:
-    documents = IndexedDataset(str(prefix))  # closes the file that its lengths are read from
-    first, end = (round(bound * len(documents)) for bound in part or (0, 0))  # as megatron rounds
-    tokens = int(documents.sequence_lengths[first:end].sum())
-    if tokens <= training.seq_length:
-        number = _PARTS[name]
-        raise InputError(
-            f"{prefix}: the {name} part (data.split = {data.split}) holds {tokens} tokens, less "
-            f"than one sample of training.seq_length = {training.seq_length} and the token that "
-            f"follows; give more data, a shorter sequence or a larger {number} number in data.split"
-        )
-
-
-def data_order_sha256(dataset: GPTDataset) -> str:
-    """Hash of the token file and of the order its samples come in."""
-    digest = hashlib.sha256()
-    for index in (dataset.document_index, dataset.sample_index, dataset.shuffle_index):
-        digest.update(index.tobytes())
-    with Path(f"{dataset.dataset_path}.bin").open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _corpora(
+    source: Path | Sequence[tuple[float, Path]],
+) -> tuple[Sequence[Path], Sequence[float] | None]:
+    """Prefixes, and weights if there are any."""
+    if isinstance(source, Path):
+        return [source], None
+    for weight, prefix in source:
+        if not 0 < weight < math.inf:
+            raise InputError(
+                f"{prefix}: its weight is {weight}; a corpus of a blend needs one above 0"
+            )
+    if not source:
+        raise InputError("a blend of no corpus; give at least one weight and prefix")
+    return [prefix for _, prefix in source], [float(weight) for weight, _ in source]
 
 
 class BatchStream:
@@ -141,7 +149,7 @@ class BatchStream:
 
     def __init__(
         self,
-        dataset: GPTDataset,
+        dataset: Samples,
         *,
         global_batch_size: int,
         micro_batch_size: int,

@@ -1,5 +1,5 @@
 """Devices: what a npu, a cuda GPU and a cpu are called, talk and measure."""
 
-from internlm_lib.devices.base import Device, select_device
+from internlm_lib.devices.base import Device, Memory, select_device
 
-__all__ = ["Device", "select_device"]
+__all__ = ["Device", "Memory", "select_device"]

@@ -4,10 +4,13 @@ import resource
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from internlm_lib.devices.base import Device
+from internlm_lib.devices.base import Device, Memory
 
 if TYPE_CHECKING:
     import torch
+
+_STATM = Path("/proc/self/statm")
+"""In pages: size, resident, … Source: proc(5)."""
 
 
 class CpuDevice(Device):
@@ -37,8 +40,11 @@ class CpuDevice(Device):
     def synchronize(self) -> None:
         """Nothing is queued on a CPU."""
 
-    def peak_memory_bytes(self) -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def memory(self) -> Memory:
+        resident = int(_STATM.read_text().split()[1]) * resource.getpagesize()
+        # The kernel counts the two apart: the highest may lag behind by some pages.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return Memory(resident, None, max(peak, resident))
 
     def adapt_megatron(self) -> None:
         from internlm_lib.devices.cpu_megatron import adapt

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from internlm_lib.devices.base import Device
+from internlm_lib.devices.base import Device, Memory
 from internlm_lib.devices.megatron_modules import import_megatron
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ class CudaDevice(Device):
 
         torch.cuda.synchronize()
 
-    def peak_memory_bytes(self) -> int:
+    def memory(self) -> Memory:
         import torch
 
-        return torch.cuda.max_memory_allocated()
+        return Memory.of_allocator(torch.cuda.memory_stats_as_nested_dict())
 
     def adapt_megatron(self) -> None:
         from internlm_lib.devices.megatron_points import use_fused_adam

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from internlm_lib.devices.base import Memory
 from internlm_lib.devices.cpu import CpuDevice
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class MetaDevice(CpuDevice):
     def description(self) -> str:
         return "meta"
 
-    def peak_memory_bytes(self) -> int:
-        return 0
+    def memory(self) -> Memory:
+        return Memory(0, None, 0)
 
     def adapt_megatron(self) -> None:
         from internlm_lib.devices.cpu_megatron import adapt

@@ -1,11 +1,12 @@
 """What a training loop may ask of an engine. Import only after `Device.adapt_megatron()`."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -19,7 +20,7 @@ class StepResult:
     """Equal on every rank, but for `seconds`."""
 
     loss: float
-    """Nats per token, mean over the global batch."""
+    """Nats per token, mean over the global batch's tokens that are trained."""
     grad_norm: float
     """Global L2 norm of the gradient before clipping, measured with `clip_grad` 0 too; of a
     gradient that is not finite, infinity or NaN."""
@@ -49,7 +50,7 @@ class Engine(Protocol):
         that is not finite is left out on every rank. Collective."""
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
-        """Mean loss in nats per token, without an update. Collective."""
+        """Mean loss in nats per trained token, without an update. Collective."""
 
     def whole_weights(self) -> AbstractContextManager[list[GPTModel]]:
         """This rank's part of the model with every parameter in its full shape, to be saved.
@@ -68,10 +69,31 @@ class Engine(Protocol):
         """Take over what another engine's `counters` gave; call it after filling `fragments`."""
 
 
-def masked_mean(losses: Tensor, loss_mask: Tensor) -> Tensor:
-    """Mean of per-token losses [b, s] in float32 over tokens whose mask is 1."""
+def trained_tokens(batches: Sequence[Batch]) -> Tensor:
+    """Tokens whose loss counts, as a mean over the micro-batches of a step. float32 scalar.
+
+    Args:
+        batches: all micro-batches of this data parallel rank. Collective over these ranks.
+    """
+    counts = torch.stack([batch.loss_mask.sum() for batch in batches])
+    total = counts.sum(dtype=torch.int32)
+    ranks = parallel_state.get_data_parallel_world_size()
+    if ranks > 1:
+        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return torch.tensor(
+        int(total) / (len(batches) * ranks), dtype=torch.float32, device=total.device
+    )
+
+
+def masked_mean(losses: Tensor, loss_mask: Tensor, tokens: Tensor) -> Tensor:
+    """Sum of per-token losses [b, s] in float32 where the mask is 1, divided by `tokens`.
+
+    With `trained_tokens`, the mean of this over micro-batches and data parallel ranks, and with it
+    the gradient, is that over the step's trained tokens, however they are spread; where all
+    micro-batches train equally many it is each one's mean.
+    """
     losses, mask = losses.float().view(-1), loss_mask.view(-1)
-    return torch.sum(losses * mask) / mask.sum()
+    return torch.sum(losses * mask) / tokens
 
 
 def decays(

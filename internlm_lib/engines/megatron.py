@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import tee
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,7 +28,14 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
-from internlm_lib.engines.base import Accept, StepResult, always, decays, masked_mean
+from internlm_lib.engines.base import (
+    Accept,
+    StepResult,
+    always,
+    decays,
+    masked_mean,
+    trained_tokens,
+)
 from internlm_lib.engines.fragments import Fragment, adam_step, set_adam_step
 from internlm_lib.engines.loss_scale import scaler_counters, set_scaler_counters
 from internlm_lib.engines.megatron_state import fragments, grad_scaler, torch_optimizers
@@ -144,9 +151,10 @@ class MegatronEngine:
     def _forward_backward(
         self, batches: Iterator[Batch], num_micro_batches: int, *, forward_only: bool
     ) -> float:
+        step = list(islice(batches, num_micro_batches))
         reports: list[dict[str, Tensor]] = get_forward_backward_func()(
-            forward_step_func=_forward_step,
-            data_iterator=list(tee(batches, len(self._model))),  # every chunk asks for all of them
+            forward_step_func=partial(_forward_step, trained_tokens(step)),
+            data_iterator=[iter(step) for _ in self._model],  # every chunk asks for all of them
             model=self._model,
             num_microbatches=num_micro_batches,
             seq_length=self._training.seq_length,
@@ -223,15 +231,15 @@ def _decay_groups(layout: Layout, optimizer: OptimizerSection) -> dict[ParamKey,
 
 
 def _forward_step(
-    batches: Iterator[Batch], model: torch.nn.Module
+    tokens: Tensor, batches: Iterator[Batch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Any]]]]:
     batch = next(batches)
     output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
-    return output, partial(_loss, batch.loss_mask)
+    return output, partial(_loss, batch.loss_mask, tokens)
 
 
-def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = masked_mean(losses, loss_mask)
+def _loss(loss_mask: Tensor, tokens: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = masked_mean(losses, loss_mask, tokens)
     # A clone: the schedule divides the returned tensor in place, and detach() shares its storage.
     return loss, {"loss": loss.detach().clone()}
 

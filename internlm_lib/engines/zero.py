@@ -6,6 +6,7 @@ Import only after `Device.adapt_megatron()`.
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,7 +20,14 @@ from megatron.core.optimizer.grad_scaler import (
 from torch import Tensor
 
 from internlm_lib.data.batches import Batch
-from internlm_lib.engines.base import Accept, StepResult, always, decays, masked_mean
+from internlm_lib.engines.base import (
+    Accept,
+    StepResult,
+    always,
+    decays,
+    masked_mean,
+    trained_tokens,
+)
 from internlm_lib.engines.fragments import Fragment, adam_step, set_adam_step
 from internlm_lib.engines.loss_scale import scaler_counters, set_scaler_counters
 from internlm_lib.engines.stopwatch import Stopwatch
@@ -63,12 +71,14 @@ class ZeroEngine:
         self._engine.set_train_batch_size(num_micro_batches * self._batch_unit)
         losses: list[Tensor] = []
         mean, accepted, watch = math.nan, True, Stopwatch()
-        batches = watch.data(batches)
-        for index in range(num_micro_batches):
+        with watch.part("forward_backward"):
+            step = list(islice(watch.data(batches), num_micro_batches))
+            tokens = trained_tokens(step)
+        for index, batch in enumerate(step):
             # DeepSpeed counts micro-batches from the first step on, as if all had equally many.
             self._engine.set_gradient_accumulation_boundary(index == num_micro_batches - 1)
             with watch.part("forward_backward"):
-                loss = self._loss(next(batches))
+                loss = self._loss(batch, tokens)
                 losses.append(loss.detach().clone())
                 if index == num_micro_batches - 1:
                     mean = _mean_over_job(losses)
@@ -100,8 +110,10 @@ class ZeroEngine:
 
     def validation_loss(self, batches: Iterator[Batch], num_micro_batches: int) -> float:
         self._engine.eval()
+        step = list(islice(batches, num_micro_batches))
+        tokens = trained_tokens(step)
         with torch.no_grad():
-            losses = [self._loss(next(batches)) for _ in range(num_micro_batches)]
+            losses = [self._loss(batch, tokens) for batch in step]
         self._engine.train()
         return _mean_over_job(losses)
 
@@ -124,9 +136,9 @@ class ZeroEngine:
         set_adam_step([torch_optimizer(self._optimizer)], counters["adam_step"])
         set_scaler_counters(self._grad_scaler, counters)
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch, tokens: Tensor) -> Tensor:
         losses = self._engine(batch.tokens, batch.position_ids, None, labels=batch.labels)
-        return masked_mean(losses, batch.loss_mask)
+        return masked_mean(losses, batch.loss_mask, tokens)
 
 
 def _deepspeed_without_compiler() -> Any:

@@ -3,7 +3,6 @@
 Everything that is wrong is found before anything starts and reported at once.
 """
 
-import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from internlm_lib.errors import ConfigError, InputError
 from internlm_lib.experiment.presets import PRESETS
 from internlm_lib.experiment.rules import broken_rules
 from internlm_lib.experiment.schema import SECTIONS, Experiment, Layout, Section
+from internlm_lib.experiment.values import nearest
 from internlm_lib.files import write_text
 from internlm_lib.run_folder import RunFolder, project_root
 
@@ -28,6 +28,7 @@ DEFAULT_PARAMS = "tiny.yaml"
 RECORDS = {
     "imported": "was imported from a log",
     "comparison": "is a comparison",
+    "selftest": "is a selftest",
 }
 """Section of `experiment.yaml` → what a run that has it is, instead of an experiment's."""
 
@@ -202,7 +203,7 @@ def _read_sections(
 def _fill_preset(model: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
     preset = model.get("preset", "internlm-tiny")
     if not isinstance(preset, str) or preset not in PRESETS:
-        near = _nearest(str(preset), PRESETS)
+        near = nearest(str(preset), PRESETS)
         problems.append(f"model.preset = {preset!r}: allowed are {', '.join(PRESETS)}{near}")
         preset = "internlm-tiny"
     return {**PRESETS[preset], **model, "preset": preset}
@@ -225,7 +226,7 @@ def _where_it_belongs(location: list[Any]) -> str:
     if homes:
         return f"; it belongs at {' or '.join(homes)}"
     siblings = [k.rsplit(".", 1)[-1] for k in _all_keys(_section_at(location[:-1]), depth=1)]
-    near = _nearest(name, siblings)
+    near = nearest(name, siblings)
     return near or f"; allowed are {', '.join(siblings)}"
 
 
@@ -248,11 +249,6 @@ def _all_keys(section: type[BaseModel], prefix: str = "", depth: int = 9) -> Ite
         yield prefix + name
         if depth > 1 and (child := _as_section(field.annotation)):
             yield from _all_keys(child, f"{prefix}{name}.", depth - 1)
-
-
-def _nearest(name: str, allowed: Any) -> str:
-    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
 
 
 def _without(values: dict[str, Any], location: tuple[Any, ...]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from internlm_lib.experiment.schema import ROLES, Experiment, Layout, TrainingSection
+from internlm_lib.experiment.values import nearest
+from internlm_lib.experiment.variables import mistakes, variables
 
 
 @dataclass(frozen=True)
@@ -356,3 +358,27 @@ def _vocabulary_can_be_trained(e: Experiment) -> Iterator[str]:
             f"model.vocab_size = {e.model.vocab_size} is too small to train a tokenizer: 3 control "
             "pieces and 256 bytes come first; use at least 300, or give data.tokenizer_model"
         )
+
+
+@_rule("parallel.environment")
+def _known_variables(e: Experiment) -> Iterator[str]:
+    table, chosen = variables(), e.parallel.environment
+    for name in chosen:
+        if name not in table:
+            near = nearest(name, table) or f"; known are {', '.join(table)}"
+            yield f"parallel.environment.{name}: unknown variable{near}"
+    for mistake in mistakes({name: chosen[name] for name in chosen if name in table}):
+        yield f"parallel.environment.{mistake}"
+
+
+@_rule("parallel.environment", "training.deterministic_mode")
+def _deterministic_variables(e: Experiment) -> Iterator[str]:
+    if not e.training.deterministic_mode:
+        return
+    for name, value in e.parallel.environment.items():
+        deterministic = variables()[name].deterministic if name in variables() else []
+        if deterministic and value not in deterministic:
+            yield (
+                f"parallel.environment.{name} = {value!r} with training.deterministic_mode = true; "
+                f"leave it out, or use {' or '.join(deterministic)}"
+            )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from internlm_lib.experiment.batch_ramp import BatchRamp, consumed_before_steps
-from internlm_lib.experiment.values import Flag, Integer, Number, Text
+from internlm_lib.experiment.values import Flag, Integer, Number, Setting, Text
 
 Count = Annotated[Integer, Field(gt=0)]
 CountOrZero = Annotated[Integer, Field(ge=0)]
@@ -148,6 +148,10 @@ class ParallelSection(Section):
     `reference_run` is."""
     distributed_timeout_minutes: Positive = 30.0
     """How long a collective may wait for a rank before the job fails, in minutes."""
+    environment: dict[Text, Setting] = {}
+    """Environment variables of the ranks, e.g. `{HCCL_CONNECT_TIMEOUT: 1800}`: those of
+    `variables.yaml`, in place of what the kit sets; what the shell has set wins. Those of another
+    device than the one trained on are not used."""
 
     def layout(self, role: Role) -> Layout | None:
         return self.candidate if role == "candidate" else self.reference
@@ -347,6 +351,9 @@ class TrackingSection(Section):
     """MLflow tracking URI; null is this project's own sqlite store."""
     experiment: Text = "internlm"
     """MLflow experiment that the runs of this params file belong to."""
+    device_sample_seconds: Positive | None = 10.0
+    """Seconds between two samples of what the devices do while a training runs (npu-smi,
+    nvidia-smi, the host's processors); null takes none."""
 
 
 class Experiment(Section):

@@ -3,7 +3,9 @@
 YAML 1.1 and papermill hand over `1e-5` as text and `false` from `-p` as the truthy text "false".
 """
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -53,7 +55,24 @@ def parse_text(value: Any) -> str:
     return value
 
 
+def parse_setting(value: Any) -> str:
+    """Text as an environment variable has it, from any scalar: `true` of True, `1800` of 1800.0."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        number = parse_number(value)
+        return str(parse_integer(value)) if number.is_integer() else str(number)
+    return parse_text(value)
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """`; did you mean …?` of the most similar of the allowed names; "" if none is similar."""
+    match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
 Number = Annotated[float, BeforeValidator(parse_number)]
 Integer = Annotated[int, BeforeValidator(parse_integer)]
 Flag = Annotated[bool, BeforeValidator(parse_flag)]
 Text = Annotated[str, BeforeValidator(parse_text)]
+Setting = Annotated[str, BeforeValidator(parse_setting)]

@@ -70,3 +70,9 @@ def shutdown() -> None:
 
 def is_rank_zero() -> bool:
     return torch.distributed.get_rank() == 0
+
+
+def data_parallel_rank() -> int:
+    """Which slice of every batch is this rank's."""
+    rank: int = parallel_state.get_data_parallel_rank()
+    return rank

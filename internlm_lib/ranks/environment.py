@@ -1,70 +1,82 @@
-"""What ranks need in their environment, per device; each variable with its source.
+"""What ranks have in their environment, per device.
 
-What is set where the plan is made wins over every value here.
+What a device's variables mean, and where that stands, is in `experiment/variables.yaml`. A value
+set in the shell where the plan is made wins over the params file's, that over the kit's.
 """
 
 import os
 from collections.abc import Mapping
+from typing import get_args
 
+from internlm_lib.devices.cann import AUTOLOAD_VARIABLE
 from internlm_lib.errors import InputError
+from internlm_lib.experiment.variables import DeviceName, mistakes, those_of, variables_of
 
-DEVICE_VARIABLES: Mapping[str, Mapping[str, str]] = {
-    "npu": {
-        # Seconds for devices to find each other before the first collective, [120, 7200]. The
-        # default of 120 is too short for ranks that load weights at different speeds; 1200 is what
-        # AscendSpeed's examples/intern set. Source: CANN, envref_07_0077.
-        "HCCL_CONNECT_TIMEOUT": "1200",
-        # Overflow gives inf and nan instead of the largest number, or fp16's loss scaling and a
-        # nan check see nothing. Source: AscendSpeed, pretrain_internlm_7b.
-        "INF_NAN_MODE_ENABLE": "1",
-        # Fuses pairs of operators on tensors that are not contiguous. Source: AscendSpeed,
-        # pretrain_internlm_65b; MindSpeed-LLM, environment_variable.md.
-        "COMBINED_ENABLE": "1",
-    },
-    "cuda": {},
-    "cpu": {},
-}
-
-_INTERFACE_VARIABLES: Mapping[str, tuple[str, ...]] = {
-    # Megatron's groups on the host talk gloo on every device; it takes the interface on which the
-    # host's name resolves, often loopback. Source: torch.distributed's documentation; MindSpeed-LLM
-    # lists the pair for NPUs.
-    "npu": ("GLOO_SOCKET_IFNAME", "HCCL_SOCKET_IFNAME"),
-    "cuda": ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"),
-    "cpu": ("GLOO_SOCKET_IFNAME",),
-}
+_DEVICES = get_args(DeviceName)
 
 
 def rank_environment(
-    device: str | None, ranks_per_node: int, interface: str | None = None
+    device: str | None,
+    ranks_per_node: int,
+    interface: str | None = None,
+    chosen: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Variables for the ranks of one node.
 
     Args:
         device: `npu`, `cuda` or `cpu`; None sets no variable of a device.
         interface: network interface between the nodes, e.g. `eth0`.
+        chosen: the params file's `parallel.environment`; other devices' variables are left out.
     Raises:
-        InputError: the device is none of these.
+        InputError: the device is none of these, or a variable may not have its value.
     """
-    if device not in (None, *DEVICE_VARIABLES):
-        allowed = ", ".join(DEVICE_VARIABLES)
+    if device not in (None, *_DEVICES):
+        allowed = ", ".join(_DEVICES)
         raise InputError(f"device = {device!r}: ranks run on {allowed}; set parallel.device")
-    names = _INTERFACE_VARIABLES[device or "cpu"] if interface else ()
+    kind = device or "cpu"
     values = {
         # torchrun sets 1 where nothing is set: processors would lie idle. Nodes are taken to be
         # like the one that the plan is made on.
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks_per_node)),
-        **DEVICE_VARIABLES.get(device or "cpu", {}),
-        **{name: str(interface) for name in names},
+        **_set_by_kit(kind, interface),
+        **those_of(kind, chosen or {}),
+        **those_of(kind, os.environ),
+    }
+    if wrong := mistakes(values):
+        head = "the ranks' environment (this shell's, then parallel.environment):"
+        raise InputError("\n  - ".join([head, *wrong]))
+    return {**values, **_for_packages(device)}
+
+
+def _set_by_kit(device: str, interface: str | None) -> dict[str, str]:
+    table = variables_of(device)
+    named = {v.name: v.interface.format(interface) for v in table if interface and v.interface}
+    return {v.name: v.default for v in table if v.default is not None} | named
+
+
+def _for_packages(device: str | None) -> dict[str, str]:
+    """What is no device's own: how packages are kept from choosing by themselves."""
+    defaults = {
+        # torch would import torch_npu wherever it is installed, and fail where CANN is not. The kit
+        # imports it where it is asked for an NPU. Source: torch/__init__.py.
+        AUTOLOAD_VARIABLE: "0",
+        # DeepSpeed would take the first device that it finds. Source: its real_accelerator.py.
+        **({"DS_ACCELERATOR": device} if device else {}),
     }
     return {
-        **{name: os.environ.get(name, value) for name, value in values.items()},
+        **{name: os.environ.get(name, value) for name, value in defaults.items()},
         # A tokenizer's own threads would multiply with the ranks, and warn after a fork.
         "TOKENIZERS_PARALLELISM": "false",
     }
 
 
-def on_one_node() -> bool:
-    """Whether this rank's launcher, torchrun or DeepSpeed's, started all ranks of the job here."""
+def ranks_on_this_node() -> int | None:
+    """How many this rank's launcher, torchrun or DeepSpeed's, started here; None without one."""
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
-    return local is None or local == os.environ.get("WORLD_SIZE")
+    return int(local) if local else None
+
+
+def on_one_node() -> bool:
+    """Whether this rank's launcher started all ranks of the job here."""
+    local = ranks_on_this_node()
+    return local is None or str(local) == os.environ.get("WORLD_SIZE")

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -34,16 +34,17 @@ def launch(
     on_tick: Callable[[], None] | None = None,
     grace_seconds: float = DEFAULT_GRACE_SECONDS,
     device: str | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run `python -m module FOLDER ARGUMENTS…` on `world_size` ranks of this machine to the end.
 
     Args:
-        device: `npu`, `cuda` or `cpu`, for its environment variables.
+        device, environment: as for `plan_ranks`.
     The other arguments, and what is raised: as `LaunchPlan` and `launch_node`.
     """
     plan = plan_ranks(
-        module, folder, *arguments,
-        world_size=world_size, logs=logs, device=device, grace_seconds=grace_seconds,
+        module, folder, *arguments, world_size=world_size, logs=logs, device=device,
+        environment=environment, grace_seconds=grace_seconds,
     )  # fmt: skip
     launch_node(plan, on_tick=on_tick)
 
@@ -102,7 +103,9 @@ def _remove_old(plan: LaunchPlan, node_rank: int) -> None:
 
 
 def _start(plan: LaunchPlan, node_rank: int, log: IO[bytes]) -> "subprocess.Popen[bytes]":
-    environment = {**os.environ, **plan.environment, LAUNCHER_VARIABLE: str(os.getpid())}
+    # torchrun takes options that are not given from PET_…: the plan says all of them.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
+    environment = {**inherited, **plan.environment, LAUNCHER_VARIABLE: str(os.getpid())}
     return subprocess.Popen(
         plan.torchrun(node_rank),
         env=environment,

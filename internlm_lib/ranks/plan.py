@@ -1,13 +1,16 @@
 """The launch plan of a parallel job: made once, then started here or written out per launcher."""
 
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from internlm_lib.errors import InputError
+from internlm_lib.ranks.cluster import Cluster
 from internlm_lib.ranks.environment import rank_environment
+from internlm_lib.ranks.rank_table import VARIABLE as RANK_TABLE_VARIABLE
 from internlm_lib.run_folder import RunFolder
 
 LOGS_VARIABLE = "INTERNLM_RANK_LOGS"
@@ -34,6 +37,10 @@ class LaunchPlan:
     environment: Mapping[str, str]
     grace_seconds: float = DEFAULT_GRACE_SECONDS
     """How long ranks may take to end by themselves after SIGTERM."""
+    cluster: Cluster | None = None
+    """What the nodes were taken from, if not from a person alone."""
+    device: str | None = None
+    """`npu`, `cuda` or `cpu`; None if that is not known."""
 
     @property
     def nnodes(self) -> int:
@@ -98,7 +105,9 @@ def plan_ranks(
     master_port: int | None = None,
     interface: str | None = None,
     device: str | None = None,
+    environment: Mapping[str, str] | None = None,
     grace_seconds: float = DEFAULT_GRACE_SECONDS,
+    cluster: Cluster | None = None,
 ) -> LaunchPlan:
     """Spread `world_size` ranks evenly over nodes.
 
@@ -108,10 +117,15 @@ def plan_ranks(
         master_addr: address of the first node, if it is not to be found under its name.
         interface: network interface between the nodes, e.g. `eth0`.
         device: `npu`, `cuda` or `cpu`, for its environment variables.
+        cluster: what the nodes were taken from.
+        environment: values for these, in place of the kit's; what the shell has set wins.
     Raises:
-        InputError: the nodes do not fit the ranks, each other, or the names given.
+        InputError: the nodes do not fit the ranks, each other, the names given, or have too few
+            devices; or a variable may not have its value.
     """
     per_node = _ranks_per_node(world_size, nnodes, nproc_per_node)
+    if cluster and device in ("npu", "cuda"):
+        cluster.check_devices(per_node)
     if hosts and len(hosts) != nnodes:
         raise InputError(
             f"--hosts names {len(hosts)} ({', '.join(hosts)}), --nnodes says {nnodes}; name each "
@@ -130,11 +144,25 @@ def plan_ranks(
         master_port=0 if nnodes == 1 else _port(master_port),
         logs=logs,
         environment={
-            **rank_environment(device, per_node, interface),
+            **rank_environment(device, per_node, interface, environment),
+            **_rank_table(cluster, device),
             LOGS_VARIABLE: str(logs),
         },
         grace_seconds=grace_seconds,
+        cluster=cluster,
+        device=device,
     )
+
+
+def _rank_table(cluster: Cluster | None, device: str | None) -> dict[str, str]:
+    """The table for NPU ranks: the one that the plan follows, or none.
+
+    torch_npu connects ranks by any table it finds in the environment, also by one of other ranks.
+    Empty, it connects them by root info. Source: torch_npu, ProcessGroupHCCL::createHCCLCommEx.
+    """
+    if device == "npu" and cluster and cluster.rank_table:
+        return {RANK_TABLE_VARIABLE: str(cluster.rank_table)}
+    return {RANK_TABLE_VARIABLE: ""} if os.environ.get(RANK_TABLE_VARIABLE) else {}
 
 
 def _ranks_per_node(world_size: int, nnodes: int, nproc_per_node: int | None) -> int:

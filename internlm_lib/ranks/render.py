@@ -1,4 +1,4 @@
-"""A launch plan written out for the launchers of a cluster: torchrun, DeepSpeed, Slurm.
+"""A launch plan written out for the launchers of a cluster: torchrun, DeepSpeed, Slurm, Volcano.
 
 Every text starts the same ranks, in the same order, in the same environment, and needs the run
 folder at the same path on every node.
@@ -8,12 +8,19 @@ import math
 import re
 import shlex
 import sys
+from typing import Any
 
+import yaml
+
+from internlm_lib.devices.cann import AUTOLOAD_VARIABLE
 from internlm_lib.errors import InputError
 from internlm_lib.ranks.plan import DEFAULT_PORT, LaunchPlan
 from internlm_lib.ranks.stopping import stopped_file
 
-FORMATS = ("torchrun", "deepspeed", "slurm")
+FORMATS = ("torchrun", "deepspeed", "slurm", "volcano")
+
+RESOURCES = {"npu": "huawei.com/Ascend910", "cuda": "nvidia.com/gpu"}
+"""What Kubernetes calls a device. Sources: MindCluster, vcjob YAML; Kubernetes, "Schedule GPUs"."""
 
 _TO_END_SECONDS = 60
 """What torchrun and Slurm need, once the ranks' grace is over, before the time limit."""
@@ -57,6 +64,8 @@ def deepspeed_command(plan: LaunchPlan, hostfile: str, environment: str) -> str:
         _for_pdsh("an argument", argument)
     command = [
         "env", f"DS_ENV_FILE={environment}",
+        # The launcher imports torch, on a node that may lack what the others have.
+        f"{AUTOLOAD_VARIABLE}={plan.environment[AUTOLOAD_VARIABLE]}",
         sys.executable, "-m", "deepspeed.launcher.runner",
         f"--hostfile={hostfile}", f"--master_addr={plan.hosts[0]}",
         *([f"--master_port={plan.master_port}"] if plan.master_port else []),
@@ -71,11 +80,7 @@ def sbatch_script(plan: LaunchPlan, device: str | None) -> str:
     Slurm's signal reaches torchrun on every node. Ranks that then save and stop leave
     `rank<N>.stopped`; if the first did, the script puts the job back in the queue.
     """
-    node = [*plan.torchrun_options(), f"--master-port={plan.master_port or DEFAULT_PORT}"]
-    inner = (
-        f'exec {shlex.join(node)} --master-addr="$MASTER_ADDR" --node-rank="$SLURM_NODEID" '
-        f"{shlex.join(['-m', *plan.program()])}"
-    )
+    inner = _node_by_variables(plan, "$MASTER_ADDR", "$SLURM_NODEID")
     lead = math.ceil(plan.grace_seconds) + _TO_END_SECONDS
     options = [
         f"--job-name={plan.folder.name}",
@@ -110,6 +115,80 @@ def sbatch_script(plan: LaunchPlan, device: str | None) -> str:
             'exit "$code"',
             "",
         ]
+    )
+
+
+def volcano_job(plan: LaunchPlan, device: str | None) -> str:
+    """A Volcano job: one pod per node, whose svc and env plugins tell it the first and its own.
+
+    Source: volcano-sh/volcano, docs/user-guide; MindCluster, "Full NPU Scheduling", vcjob.
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", plan.folder.name.lower()).strip("-") or "internlm"
+    command = _node_by_variables(plan, "${VC_WORKER_HOSTS%%,*}", "$VC_TASK_INDEX")
+    devices = {RESOURCES[device]: plan.ranks_per_node} if device in RESOURCES else {}
+    container = {
+        "name": "worker",
+        "image": "IMAGE",
+        "command": [
+            "bash",
+            "-c",
+            _unexpanded(f"{shlex.join(['cd', str(plan.folder.root)])} && {command}"),
+        ],
+        "env": [
+            {"name": key, "value": _unexpanded(value)} for key, value in plan.environment.items()
+        ],
+        "resources": {"requests": devices, "limits": devices},
+        "volumeMounts": [{"name": "project", "mountPath": str(plan.folder.root)}],
+    }
+    pod = {
+        "affinity": {"podAntiAffinity": _one_pod_per_node(name)},
+        "containers": [container],
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": math.ceil(plan.grace_seconds) + _TO_END_SECONDS,
+        "volumes": [{"name": "project", "persistentVolumeClaim": {"claimName": "CLAIM"}}],
+    }
+    job = {
+        "apiVersion": "batch.volcano.sh/v1alpha1",
+        "kind": "Job",
+        "metadata": {"name": name},
+        "spec": {
+            "minAvailable": plan.nnodes,
+            "schedulerName": "volcano",
+            "plugins": {"env": [], "svc": []},
+            "policies": [{"event": "PodEvicted", "action": "RestartJob"}],
+            "tasks": [{"name": "worker", "replicas": plan.nnodes, "template": {"spec": pod}}],
+        },
+    }
+    return (
+        f"# Yours to put in: IMAGE, which has {sys.executable}, CLAIM, the shared volume, and the\n"
+        "# labels, node selector and variables that your cluster's device plugin asks for.\n"
+        f"{_yaml(job)}"
+    )
+
+
+def _unexpanded(text: str) -> str:
+    """Kubernetes puts a variable's value for $(NAME)."""
+    return text.replace("$(", "$$(")
+
+
+def _one_pod_per_node(job: str) -> dict[str, Any]:
+    own = {"key": "volcano.sh/job-name", "operator": "In", "values": [job]}
+    term = {"labelSelector": {"matchExpressions": [own]}, "topologyKey": "kubernetes.io/hostname"}
+    return {"requiredDuringSchedulingIgnoredDuringExecution": [term]}
+
+
+def _yaml(value: Any) -> str:
+    """Without anchors for what is there twice."""
+    dumper = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
+    return yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _node_by_variables(plan: LaunchPlan, address: str, number: str) -> str:
+    """A node's command for a shell that knows where ranks meet and which node it is."""
+    node = [*plan.torchrun_options(), f"--master-port={plan.master_port or DEFAULT_PORT}"]
+    return (
+        f'exec {shlex.join(node)} --master-addr="{address}" --node-rank="{number}" '
+        f"{shlex.join(['-m', *plan.program()])}"
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from internlm_lib.errors import StoppedError
+from internlm_lib.ranks.environment import ranks_on_this_node
 from internlm_lib.ranks.plan import LOGS_VARIABLE
 
 STOPPED_EXIT_CODE = StoppedError.exit_code
@@ -71,7 +72,7 @@ def sibling_died() -> bool:
     Counts the launcher's living children that run what this process runs. Works under torchrun and
     DeepSpeed's launcher.
     """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    ranks = ranks_on_this_node() or 1
     own, living = psutil.Process().cmdline(), 0
     for process in psutil.Process(os.getppid()).children():
         try:

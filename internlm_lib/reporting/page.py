@@ -19,6 +19,7 @@ CAPTIONS = {
     "the answer; before training a model guesses (dotted line).",
     "accuracy_letter": "The same questions with the options listed, their letters being scored.",
     "training_loss": "Loss of every training of this run, as 03_train left it.",
+    "devices": "What the devices did while each training ran, sampled from outside of it.",
     "schedule": "Learning rate that every training follows.",
     "token_lengths": "Documents of the training data by their length.",
 }

@@ -15,6 +15,7 @@ from internlm_lib.files import read_json, write_json
 from internlm_lib.generation.inference import inference_layout
 from internlm_lib.ranks.launch import launch
 from internlm_lib.stages.stage import Stage
+from internlm_lib.training.nodes import device_name
 from internlm_lib.training.progress import clock
 from internlm_lib.weights.start import source_folder, starting_folder
 
@@ -90,6 +91,8 @@ def convert(stage: Stage, show: Callable[[str], None] = lambda text: None) -> di
         "internlm_lib.stages.convert_worker",
         stage.folder,
         world_size=layout.world_size,
+        device=device_name(stage.experiment),
+        environment=stage.experiment.parallel.environment,
         logs=stage.folder.path / "weights" / "logs",
     )
     found = {**read_json(record), **result, "weights_sha256": result["tensor_hash"]}

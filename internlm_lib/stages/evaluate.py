@@ -17,6 +17,7 @@ from internlm_lib.files import read_json
 from internlm_lib.generation.inference import inference_layout, weight_sets
 from internlm_lib.ranks.launch import launch
 from internlm_lib.stages.stage import Stage
+from internlm_lib.training.nodes import device_name
 
 WEIGHTS = ("before", "after")
 ALL = "all"
@@ -92,6 +93,8 @@ def score(stage: Stage, show: Callable[[str], None] = lambda text: None) -> Scor
         "internlm_lib.evaluation.worker",
         stage.folder,
         world_size=inference_layout(stage.experiment.parallel.candidate).world_size,
+        device=device_name(stage.experiment),
+        environment=stage.experiment.parallel.environment,
         logs=evaluation_folder(stage.folder) / "logs",
         on_tick=lambda: show(f"{_progress(stage)}, {time.monotonic() - started:.0f} s"),
     )

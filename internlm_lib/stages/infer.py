@@ -17,6 +17,7 @@ from internlm_lib.generation.inference import inference_layout, weight_sets
 from internlm_lib.generation.worker import prompts_path, texts_path
 from internlm_lib.ranks.launch import launch
 from internlm_lib.stages.stage import Stage
+from internlm_lib.training.nodes import device_name
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def answer(
         "internlm_lib.generation.worker",
         stage.folder,
         world_size=layout.world_size,
+        device=device_name(stage.experiment),
+        environment=stage.experiment.parallel.environment,
         logs=prompts_path(stage.folder).parent / "logs",
         on_tick=lambda: show(f"writing answers, {time.monotonic() - started:.0f} s"),
     )

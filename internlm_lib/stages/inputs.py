@@ -5,8 +5,6 @@ source, the notebook, and the status files of the stages whose output it reads. 
 carries the time it was written, so a stage done again makes the stages after it run again.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 from internlm_lib import provenance
 from internlm_lib.experiment.schema import Experiment
-from internlm_lib.files import read_json, sha256_of, write_json
+from internlm_lib.files import read_json, sha256_of, sha256_of_json, write_json
 from internlm_lib.reporting.sources import source_path
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.stages.stage import inputs_path, status_path
@@ -71,8 +69,8 @@ def inputs_of(stage: str, folder: RunFolder, experiment: Experiment) -> dict[str
     chosen = {key: _at(values, key) for key in reads.keys}
     files = [_fingerprint(path) for path in _files(reads, values, folder)]
     return {
-        "params": _sha256_of_value(chosen),
-        "files": _sha256_of_value(files),
+        "params": sha256_of_json(chosen),
+        "files": sha256_of_json(files),
         "notebook": _sha256_if_there(folder.root / "notebooks" / f"{stage}.ipynb"),
         "source": _source_sha256(),
         **{name: _sha256_if_there(status_path(folder, name)) for name in reads.stages},
@@ -93,7 +91,7 @@ def what_changed(stage: str, folder: RunFolder, inputs: dict[str, str]) -> list[
 
 def record_inputs(stage: str, folder: RunFolder, inputs: dict[str, str]) -> None:
     """Write down what a stage that is now done has read."""
-    record = {"inputs_sha256": _sha256_of_value(inputs), "inputs": inputs}
+    record = {"inputs_sha256": sha256_of_json(inputs), "inputs": inputs}
     write_json(inputs_path(folder, stage), record)
 
 
@@ -133,12 +131,8 @@ def _source_sha256() -> str:
     package = Path(__file__).resolve().parents[1]
     files = sorted(p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
     hashes = {str(p.relative_to(package)): sha256_of(p) for p in files}
-    return _sha256_of_value([hashes, provenance.package_versions()])
+    return sha256_of_json([hashes, provenance.package_versions()])
 
 
 def _sha256_if_there(path: Path) -> str:
     return sha256_of(path) if path.exists() else _MISSING
-
-
-def _sha256_of_value(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -20,6 +20,7 @@ from internlm_lib.tracking.tail import Tail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 STAGES = ("01_prepare", "02_convert", "03_train", "04_compare", "05_infer", "06_evaluate")
 
@@ -53,7 +54,7 @@ class Record:
             relative = path.relative_to(self.folder.root).as_posix()
             self.journal.write("artifact", stage=self.name, path=relative)
 
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def table(self, name: str, rows: "Sequence[Mapping[str, Any]] | DataFrame") -> None:
         """Write `reports/<run>/tables/<name>.csv`, an artifact of this stage."""
         from internlm_lib.reporting.figures import save_table
 

@@ -152,6 +152,19 @@ def draw_times(stage: Stage) -> Path:
     return stage.figure("step_times", step_times_figure(rows))
 
 
+def draw_devices(stage: Stage) -> Path:
+    """Draw what the devices did over time, per training, with its CSV beside; returns the PNG."""
+    from internlm_lib.reporting.device_figure import device_figure
+    from internlm_lib.reporting.device_use import device_rows, read_devices
+
+    found = [
+        read_devices(stage.folder.training(role), training.name)
+        for role, training in _trainings(stage).items()
+    ]
+    stage.table("devices", device_rows(found))
+    return stage.figure("devices", device_figure(found))
+
+
 def resources(stage: Stage) -> list[dict[str, Any]]:
     """Memory and what befell each training, one row per training; also `resources.csv`."""
     rows = [
@@ -218,6 +231,7 @@ def run(
     draw_losses(stage)
     draw_times(stage)
     resources(stage)
+    draw_devices(stage)
     result = summarize(stage)
     check_losses(result)
     return result

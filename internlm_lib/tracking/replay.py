@@ -7,6 +7,7 @@ from typing import Any
 
 from internlm_lib.journal import read_journal
 from internlm_lib.run_folder import RunFolder
+from internlm_lib.tracking.device_replay import DeviceReplay
 from internlm_lib.tracking.mlflow_store import MAX_METRICS, ExperimentStore, as_metrics
 from internlm_lib.tracking.replica_state import (
     RUN_JOURNAL,
@@ -36,6 +37,8 @@ STEP_METRICS = {
     "logged_tflops_per_device": "perf/logged_tflops_per_device",
     "logged_samples_per_second": "perf/logged_samples_per_second",
     "memory_bytes": "memory/bytes",
+    "memory_allocated_bytes": "memory/allocated_bytes",
+    "memory_reserved_bytes": "memory/reserved_bytes",
 }
 """Field of a `step` event → MLflow metric."""
 
@@ -46,8 +49,8 @@ TRAINING_STAGE = "03_train"
 
 _SUMMARY_METRICS = ("train/loss", "train/grad_norm", "perf/tokens_per_second_per_device")
 _TRAINING_TAGS = (
-    "role", "engine", "layout", "world_size", "device", "device_name", "precision", "seed",
-    "deterministic_mode", "predecessor_decay",
+    "role", "engine", "layout", "world_size", "device", "device_name", "device_count",
+    "devices_per_node", "precision", "seed", "deterministic_mode", "predecessor_decay",
 )  # fmt: skip
 _TRAINING_PARAMS = ("train_iters", "tokens_per_step", "parameters")
 _STAGE_ENDS: dict[str, Status] = {"done": "FINISHED", "failed": "FAILED"}
@@ -194,8 +197,10 @@ class TrainingReplay:
     def replay(self) -> int:
         """Send what is new; returns the number of events."""
         count, offset = 0, None
+        devices = DeviceReplay(self.session, self.role)
         for event, offset in self.session.state.new_events(self.session.folder, self.journal):
             if event["event"] == "start":
+                count += devices.replay(self.mirror)  # what belongs to the attempt before
                 self._start(event)
             elif event["event"] == "step":
                 self._step(event)
@@ -210,7 +215,7 @@ class TrainingReplay:
         if offset is not None:
             self._flush()
             self.session.advance(self.journal, offset)
-        return count
+        return count + devices.replay(self.mirror)
 
     def close_lost(self) -> None:
         """Close a training that still runs although its stage failed or was killed."""
@@ -227,15 +232,17 @@ class TrainingReplay:
         """
         self._flush()
         known = {key: event[key] for key in _TRAINING_TAGS if event.get(key) is not None}
-        tags = known | event.get("tags", {})
+        tags = known | _environment_tags(event) | event.get("tags", {})
         old = self.mirror
         if old is not None and event["first_step"] == old.last_step + 1 > 1:
+            old.started = event["time"]
             self.session.close(old, "RUNNING", event["time"])
             self.session.store.log(old.run_id, tags=tags)
             return
         if old is not None and old.status == "RUNNING":
             self._close("KILLED", old.last_time)
         new = self._open(event["time"], tags)
+        new.started = event["time"]
         params = {key: event.get(key) for key in _TRAINING_PARAMS}
         self.session.store.log(new.run_id, params=params)
         for step in self._steps(event["time"]):
@@ -290,6 +297,12 @@ class TrainingReplay:
             elif event["event"] == "step":
                 steps[event["step"]] = event
         return list(steps.values())
+
+
+def _environment_tags(event: Mapping[str, Any]) -> dict[str, str]:
+    """`environment/HCCL_CONNECT_TIMEOUT` … of a `start` event."""
+    values = event.get("environment", {})
+    return {f"environment/{name}": value for name, value in values.items() if value is not None}
 
 
 def _events_until(path: Path, time: float) -> Iterator[dict[str, Any]]:

@@ -40,6 +40,8 @@ class Mirror:
     """Time of the newest event sent to it, in Unix seconds."""
     status: Status = "RUNNING"
     last_step: int = 0
+    started: float = 0.0
+    """Time of a training's newest `start` event."""
 
 
 @dataclass
@@ -66,11 +68,18 @@ class ReplicaState:
         yield from read_journal(path, cursor.offset)
 
     def has_new_events(self, folder: RunFolder) -> bool:
-        journals = (RUN_JOURNAL, *TRAINING_JOURNALS.values())
+        devices = (name for role in TRAINING_JOURNALS for name in device_journals(folder, role))
+        journals = (RUN_JOURNAL, *TRAINING_JOURNALS.values(), *devices)
         return any(next(self.new_events(folder, name), None) for name in journals)
 
     def save(self, folder: RunFolder) -> None:
         write_text(state_path(folder), _ADAPTER.dump_json(self, indent=2).decode() + "\n")
+
+
+def device_journals(folder: RunFolder, role: str) -> list[str]:
+    """Journals of the devices that a training ran on, relative to the run."""
+    found = folder.training(role).device_journals()
+    return [path.relative_to(folder.path).as_posix() for path in found]
 
 
 _ADAPTER = TypeAdapter(ReplicaState)

@@ -9,31 +9,24 @@ import os
 from collections.abc import MutableMapping
 
 from internlm_lib.errors import InputError
-
-VARIABLES = {
-    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
-    "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
-    "HCCL_DETERMINISTIC": ("true", "strict"),
-}
-"""Environment variable → values that are deterministic; the first is set where none is. Sources:
-torch.use_deterministic_algorithms (cuBLAS), Megatron-LM's arguments.py (NCCL), CANN's list of
-environment variables (HCCL)."""
+from internlm_lib.experiment.variables import variables_of
 
 
-def make_deterministic(environment: MutableMapping[str, str] = os.environ) -> dict[str, str]:
-    """Switch this rank over, before anything of torch has touched a device.
+def make_deterministic(device: str, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Switch this rank over, before anything has been computed or sent on its device.
 
-    Returns what each of `VARIABLES` is set to. A value that is set already is kept.
-    Raises InputError if it is not a deterministic one.
+    Variables with `deterministic` values in `experiment/variables.yaml` are set, if they are not.
+    Raises InputError if one is set to something else.
     """
-    for name, allowed in VARIABLES.items():
-        found = environment.setdefault(name, allowed[0])
-        if found not in allowed:
+    for variable in variables_of(device):
+        if not variable.deterministic:
+            continue
+        found = environment.setdefault(variable.name, variable.deterministic[0])
+        if found not in variable.deterministic:
             raise InputError(
-                f"training.deterministic_mode = true, but {name} = {found!r} in the environment; "
-                f"unset it, or set it to {' or '.join(allowed)}"
+                f"training.deterministic_mode = true, but {variable.name} = {found!r} in the "
+                f"environment; unset it, or set it to {' or '.join(variable.deterministic)}"
             )
     import torch
 
     torch.use_deterministic_algorithms(True)
-    return {name: environment[name] for name in VARIABLES}

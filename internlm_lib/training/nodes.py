@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from internlm_lib.experiment.load import load_experiment, save_experiment
 from internlm_lib.experiment.schema import Experiment
 from internlm_lib.files import write_text
 from internlm_lib.ranks import render
+from internlm_lib.ranks.cluster import Cluster
 from internlm_lib.ranks.plan import LaunchPlan, plan_ranks
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.training.supervise import follow_ranks
@@ -33,21 +34,46 @@ _POLL_SECONDS = 0.5
 class Nodes:
     """What the command line says of the machines; meanings as in `ranks.plan.plan_ranks`."""
 
-    nnodes: int = 1
+    nnodes: int | None = None
+    """None: one, or as many as the cluster has."""
     nproc_per_node: int | None = None
     hosts: tuple[str, ...] = ()
     master_addr: str | None = None
     master_port: int | None = None
     interface: str | None = None
 
+    def within(self, cluster: Cluster | None, node_rank: int | None) -> tuple["Nodes", int | None]:
+        """With what is left open taken from the cluster; also this node's number.
+
+        Raises InputError if they contradict each other.
+        """
+        if cluster is None:
+            return self, node_rank
+        settled = cluster.settle({**asdict(self), "node_rank": node_rank})
+        node_rank = settled.pop("node_rank")
+        return replace(self, **settled), node_rank
+
+
+def device_name(experiment: Experiment) -> str:
+    """What the experiment names, or what this machine has: the plan may be made elsewhere."""
+    name = experiment.parallel.device
+    return select_device().name if name == "auto" else name
+
 
 def plan_training(
-    folder: RunFolder, experiment: Experiment, role: str, nodes: Nodes, *options: str
+    folder: RunFolder,
+    experiment: Experiment,
+    role: str,
+    nodes: Nodes,
+    *options: str,
+    cluster: Cluster | None = None,
 ) -> LaunchPlan:
     """The plan of one training of an experiment.
 
     Args:
+        nodes: settled with the cluster (`Nodes.within`).
         options: of the worker, e.g. `--profile`.
+        cluster: what the nodes were taken from.
     Raises:
         InputError: the experiment has no such training, or the nodes do not fit its layout.
     """
@@ -56,17 +82,26 @@ def plan_training(
             f"--role {role}: this experiment has {', '.join(experiment.roles)}; give one of these, "
             f"or set parallel.{role}"
         )
-    return plan_ranks(
-        WORKER,
-        folder,
-        role,
-        *options,
-        world_size=experiment.layout(role).world_size,
-        logs=folder.training(role).logs,
-        device=_device_name(experiment),
-        grace_seconds=GRACE_SECONDS,
-        **asdict(nodes),
-    )
+    try:
+        return plan_ranks(
+            WORKER,
+            folder,
+            role,
+            *options,
+            world_size=experiment.layout(role).world_size,
+            logs=folder.training(role).logs,
+            device=device_name(experiment),
+            environment=experiment.parallel.environment,
+            grace_seconds=GRACE_SECONDS,
+            cluster=cluster,
+            **{**asdict(nodes), "nnodes": 1 if nodes.nnodes is None else nodes.nnodes},
+        )
+    except InputError as error:
+        if cluster is None:
+            raise
+        raise InputError(
+            f"{error} (the cluster: {cluster.summary()}; --ignore-cluster leaves it out)"
+        ) from error
 
 
 def write_commands(
@@ -160,22 +195,22 @@ def _deepspeed(plan: LaunchPlan, experiment: Experiment, files: Path) -> dict[st
 
 def _slurm(plan: LaunchPlan, experiment: Experiment, files: Path) -> dict[str, Any]:
     plan.logs.mkdir(parents=True, exist_ok=True)  # or Slurm's own log, and the job, are lost
-    script = write_text(files / "job.sbatch", render.sbatch_script(plan, _device_name(experiment)))
+    script = write_text(files / "job.sbatch", render.sbatch_script(plan, device_name(experiment)))
     text = f"\n## Slurm: sbatch --time=… {script}\n{script.read_text()}"
     return {"script": str(script), "text": text}
+
+
+def _volcano(plan: LaunchPlan, experiment: Experiment, files: Path) -> dict[str, Any]:
+    job = write_text(files / "volcano.yaml", render.volcano_job(plan, device_name(experiment)))
+    return {"job": str(job), "text": f"\n## Volcano: kubectl create -f {job}\n{job.read_text()}"}
 
 
 _RENDERERS: dict[str, Callable[[LaunchPlan, Experiment, Path], dict[str, Any]]] = {
     "torchrun": _torchrun,
     "deepspeed": _deepspeed,
     "slurm": _slurm,
+    "volcano": _volcano,
 }
-
-
-def _device_name(experiment: Experiment) -> str:
-    """What the experiment names, or what this machine has: the plan may be made elsewhere."""
-    name = experiment.parallel.device
-    return select_device().name if name == "auto" else name
 
 
 def _facts(plan: LaunchPlan) -> dict[str, Any]:
@@ -186,6 +221,7 @@ def _facts(plan: LaunchPlan) -> dict[str, Any]:
         "environment": dict(plan.environment),
         "folder": str(plan.folder.path),
         "logs": str(plan.logs),
+        "cluster": plan.cluster and plan.cluster.facts(),
     }
 
 
@@ -197,6 +233,9 @@ def _notes(plan: LaunchPlan, experiment: Experiment, role: str) -> list[str]:
         f"{plan.folder.experiment} is written, every rank reads it",
         f"logs: {plan.logs}",
     ]
+    if plan.cluster:
+        notes.append(plan.cluster.summary())
+        notes += plan.cluster.notes(device_name(experiment), plan.hosts[0])
     if plan.nnodes > 1:
         notes.append(
             f"every node needs {plan.folder.path} and this Python at the same path: a shared file "
@@ -235,8 +274,9 @@ def _missing(folder: RunFolder, experiment: Experiment) -> str:
 
 def _checked_node(plan: LaunchPlan, node_rank: int | None) -> int:
     if node_rank is None and plan.nnodes > 1:
+        said = f"{plan.cluster.summary()}. " if plan.cluster else ""
         raise InputError(
-            f"--node-rank: {plan.nnodes} nodes, and not said which one this is; give 0 to "
+            f"{said}--node-rank: {plan.nnodes} nodes, and not said which one this is; give 0 to "
             f"{plan.nnodes - 1}, or --dry-run to see the commands for all"
         )
     node = node_rank or 0

@@ -17,6 +17,11 @@ class TrainingProgress:
         self._start: dict[str, Any] | None = None
         self._step: dict[str, Any] | None = None
 
+    @property
+    def started(self) -> float | None:
+        """Time of the newest `start` event that `text` has come upon."""
+        return self._start["time"] if self._start else None
+
     def text(self) -> str:
         """The latest step, e.g. `step 57/200, loss 2.31, 9,870 tokens/s, 0:48 left`; or ""."""
         try:

@@ -12,6 +12,7 @@ from internlm_lib.journal import Journal, events
 from internlm_lib.ranks.launch import launch_node
 from internlm_lib.ranks.plan import LaunchPlan
 from internlm_lib.run_folder import RunFolder, TrainingFolder
+from internlm_lib.tracking.device_sampler import Sampling, sampled
 from internlm_lib.training.progress import TrainingProgress
 
 
@@ -88,7 +89,10 @@ def follow_ranks(
     show: Callable[[str], None],
     node_rank: int = 0,
 ) -> None:
-    """Run a node's ranks once, to their end, or until they hang. Raises as `train_role`."""
+    """Run a node's ranks once, to their end, or until they hang, and sample its devices meanwhile.
+
+    Raises as `train_role`.
+    """
     files = plan.folder.training(role)
     progress = TrainingProgress(files.journal)
     watch = _HangWatch(files, experiment.training.hang_timeout_seconds)
@@ -97,8 +101,13 @@ def follow_ranks(
         show(f"{role}: {progress.text() or 'starting'}")
         watch.check()
 
-    launch_node(plan, node_rank, on_tick=tick)
-    show(f"{role}: {progress.text()}")
+    sampling = Sampling(
+        files.devices(node_rank), experiment.tracking.device_sample_seconds, plan.device,
+        plan.module, node_rank, plan.nnodes, started=lambda: progress.started,
+    )  # fmt: skip
+    with sampled(sampling):
+        launch_node(plan, node_rank, on_tick=tick)
+        show(f"{role}: {progress.text()}")
 
 
 _SECONDS_TO_START = 1800.0

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from internlm_lib import provenance
 from internlm_lib.devices import Device, select_device
+from internlm_lib.errors import InputError
 from internlm_lib.experiment.load import load_experiment
 from internlm_lib.experiment.schema import Experiment, Layout, ModelSection
+from internlm_lib.experiment.variables import those_of
 from internlm_lib.files import read_json, sha256_of
 from internlm_lib.journal import Journal
 from internlm_lib.model.arithmetic import model_flops_per_token, parameter_count
+from internlm_lib.ranks.environment import ranks_on_this_node
 from internlm_lib.ranks.rank import rank_main
 from internlm_lib.ranks.stopping import StopRequest
 from internlm_lib.run_folder import RunFolder
-from internlm_lib.training.determinism import VARIABLES, make_deterministic
+from internlm_lib.training.determinism import make_deterministic
 from internlm_lib.training.guard import StepGuard
 from internlm_lib.training.profile import profiled
 from internlm_lib.training.recompute import Choice
@@ -25,6 +28,7 @@ from internlm_lib.weights.start import starting_folder
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
+    from internlm_lib.data.batches import Samples
     from internlm_lib.engines.base import Engine
 
 
@@ -36,9 +40,9 @@ def train_role(folder: RunFolder, role: str, *options: str) -> None:
     """
     _, experiment = load_experiment(folder.experiment)
     layout = experiment.layout(role)
-    if experiment.training.deterministic_mode:
-        make_deterministic()
     device = select_device(experiment.parallel.device)
+    if experiment.training.deterministic_mode:
+        make_deterministic(device.name)
     stop = StopRequest()
     device.adapt_megatron()
     _train(folder, role, experiment, layout, device, stop, profile="--profile" in options)
@@ -57,12 +61,11 @@ def _train(
     # These import megatron, which must be adapted to the device first.
     from megatron.core import parallel_state
 
-    from internlm_lib.data.batches import BatchStream, build_datasets, data_order_sha256
+    from internlm_lib.data.batches import BatchStream, build_datasets
     from internlm_lib.engines.stopwatch import time_collectives
     from internlm_lib.model.build import build_chunks
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
     from internlm_lib.training.activations import decide_recompute
-    from internlm_lib.training.agreement import from_rank_zero
     from internlm_lib.training.checkpoint import CheckpointWriter, restore
     from internlm_lib.training.loop import Throughput, TrainingLoop, held_out_loss
     from internlm_lib.training.resume import find_start
@@ -81,7 +84,7 @@ def _train(
     weights = starting_folder(folder, experiment.model)
     hashes = {
         "config_sha256": provenance.sha256_of_experiment(experiment),
-        "data_sha256": from_rank_zero(lambda: data_order_sha256(train_data)),
+        "data_sha256": _order_sha256(train_data),
         "weights_sha256": _weights_sha256(folder, weights, experiment.model),
     }
     start = find_start(files, hashes, record)
@@ -107,6 +110,7 @@ def _train(
     record(
         "start",
         **_start(role, experiment, layout, device, choice, hashes, folder.tokenizer),
+        data=train_data.facts,
         first_step=start.position.step + 1,
         resumed_from=start.checkpoint.name if start.checkpoint else None,
         steps_repeated=start.steps_repeated,
@@ -158,6 +162,20 @@ def _record_nothing(event: str, **fields: Any) -> None:
     """What ranks other than the first write."""
 
 
+def _order_sha256(train_data: "Samples") -> str:
+    """What every rank reads; raises InputError on one that reads something else. Collective."""
+    from internlm_lib.training.agreement import from_rank_zero
+
+    expected = from_rank_zero(lambda: train_data.order_sha256)
+    if train_data.order_sha256 != expected:
+        raise InputError(
+            f"this rank reads other data than the first one (order {train_data.order_sha256[:12]}… "
+            f"instead of {expected[:12]}…): every node needs the run's folder, and all data, at "
+            "the same path of one shared file system"
+        )
+    return expected
+
+
 def _weights_sha256(folder: RunFolder, weights: Path, model: ModelSection) -> str:
     """What 02_convert found, or, where it has not run, this job itself; every rank calls it."""
     if folder.conversion_record.exists():
@@ -178,6 +196,8 @@ def _start(
     tokenizer: Path,
 ) -> dict[str, Any]:
     """What the `start` event says a training is."""
+    import torch
+
     training = experiment.training
     checkout = Path(__file__).resolve().parents[2]
     return {
@@ -187,10 +207,13 @@ def _start(
         "world_size": layout.world_size,
         "device": device.name,
         "device_name": device.description(),
+        # One per rank: what the rates per device are divided by. On a CPU ranks share it.
+        "device_count": layout.world_size,
+        "devices_per_node": ranks_on_this_node() or layout.world_size,
         "precision": training.precision,
         "seed": training.seed,
-        "deterministic_mode": training.deterministic_mode,
-        "environment": {name: os.environ.get(name) for name in VARIABLES},
+        "deterministic_mode": torch.are_deterministic_algorithms_enabled(),
+        "environment": those_of(device.name, os.environ),
         "predecessor_decay": experiment.optimizer.predecessor_decay,
         "train_iters": training.train_iters,
         "tokens_per_step": training.global_batch_size * training.seq_length,

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from internlm_lib.errors import InputError
-from internlm_lib.files import json_text, write_json
+from internlm_lib.files import json_text, sha256_of_json, write_json
 from internlm_lib.weights.checkpoint import Checkpoint
 from internlm_lib.weights.storage import bytes_of
 
@@ -33,7 +33,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads(text)
         own = manifest.pop("manifest_sha256")
-        intact = own == _sha256(manifest)
+        intact = own == sha256_of_json(manifest)
         manifest["manifest_sha256"] = own
         intact = intact and json_text(manifest).encode() == text
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -44,7 +44,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> Path:
-    return write_json(folder / MANIFEST, {**manifest, "manifest_sha256": _sha256(manifest)})
+    return write_json(folder / MANIFEST, {**manifest, "manifest_sha256": sha256_of_json(manifest)})
 
 
 def tensor_entry(checkpoint: Checkpoint, name: str, sha256: str) -> dict[str, Any]:
@@ -73,7 +73,3 @@ class TensorHasher:
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()
-
-
-def _sha256(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

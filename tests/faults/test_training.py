@@ -14,7 +14,7 @@ import pytest
 from internlm_lib.experiment.load import load_experiment
 from internlm_lib.experiment.schema import Layout
 from internlm_lib.files import write_json
-from internlm_lib.journal import read_journal, training_steps
+from internlm_lib.journal import events, read_journal, training_steps
 from internlm_lib.run_folder import RunFolder, saved_states, state_name
 from internlm_lib.training.nodes import Nodes, plan_training
 from internlm_lib.training.supervise import train_role
@@ -99,6 +99,18 @@ def test_a_killed_rank_ends_the_others_within_seconds_and_is_named(story: Any) -
     assert "rank1 was killed by SIGKILL" in restart["error"]
     last = max(event["time"] for event in of_kind(story, "step") if event["time"] < restart["time"])
     assert restart["time"] - last < 28  # torchrun itself would kill them after 30 s
+
+
+def test_every_attempt_s_devices_are_sampled_and_the_samples_say_whose_they_are(story: Any) -> None:
+    journal = story[0].training("candidate").devices()
+    starts = [start["time"] for start in of_kind(story, "start")]
+    assert len(events(journal, "device_sampling")) == len(starts)
+    samples = events(journal, "device_sample")
+    assert [sample["sample"] for sample in samples] == list(range(1, len(samples) + 1))
+    whose = [sample["start"] for sample in samples if sample["start"] is not None]
+    assert list(dict.fromkeys(whose)) == starts
+    assert any(sample["host"]["ranks_memory_mib"] for sample in samples)
+    assert events(journal, "device_sample_failed") == []
 
 
 def test_a_hang_is_noticed_with_the_stacks_of_all_ranks(story: Any) -> None:

@@ -16,6 +16,7 @@ from internlm_lib.experiment.schema import Layout, ModelSection, TrainingSection
 from internlm_lib.kernels import REFERENCE, Kernels, kernels_of
 from tests.npu_contract import stand_ins
 from tests.npu_contract.calls import dotted_names, operator_calls
+from tests.unit.selftest.small import SIZES
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2**-6}
 """Largest difference relative to the largest element. Both sides round to the dtype, but at other
@@ -138,6 +139,17 @@ def a_tiny_model_computes_as_on_a_cpu() -> None:
         _assert_close(ours, theirs, torch.float32, factor=5)
 
 
+def the_selftests_cases_pass() -> None:
+    """What `internlm selftest` asks of an NPU is what its documentation promises."""
+    from internlm_lib.selftest.kernels import TOLERANCES as allowed
+    from internlm_lib.selftest.kernels import cases, compare
+
+    for case in cases(SIZES):
+        for dtype in SIZES.dtypes:
+            figure = compare(case, dtype, kernels_of("npu"), torch.device("cpu")).figure
+            assert figure <= allowed[dtype], f"{case.name}, {dtype}: {figure:.2g}"
+
+
 SOURCE_CHECKS: Sequence[Callable[[], None]] = (
     every_operator_call_fits_its_schema,
     every_name_of_torch_npu_exists,
@@ -152,6 +164,7 @@ KERNEL_CHECKS: Sequence[Callable[[], None]] = (
     stand_ins_have_the_meta_kernels_shapes_and_dtypes,
     fused_adamw_has_a_kernel,
     a_tiny_model_computes_as_on_a_cpu,
+    the_selftests_cases_pass,
 )
 
 

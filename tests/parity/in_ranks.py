@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from internlm_lib.data.indexed import Kind
 from internlm_lib.devices import select_device
 from internlm_lib.experiment.schema import Experiment, Layout
 from internlm_lib.run_folder import RunFolder
@@ -34,7 +35,9 @@ def build(
     return Part(build_engine(chunks, layout, experiment), chunks)
 
 
-def stream(folder: RunFolder, experiment: Experiment, layout: Layout) -> "BatchStream":
+def stream(
+    folder: RunFolder, experiment: Experiment, layout: Layout, kind: Kind = "pretrain"
+) -> "BatchStream":
     """The training batches of this data parallel rank."""
     from megatron.core import parallel_state
 
@@ -42,7 +45,7 @@ def stream(folder: RunFolder, experiment: Experiment, layout: Layout) -> "BatchS
 
     training = experiment.training
     data = build_datasets(
-        folder.corpus_prefix, experiment.data, training, experiment.model.vocab_size
+        folder.corpus_prefix, experiment.data, training, experiment.model.vocab_size, kind=kind
     )
     return BatchStream(
         data.train, global_batch_size=training.global_batch_size,

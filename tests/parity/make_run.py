@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parity import write_weights
 from internlm_lib.data.indexed import indexed_writer
 from internlm_lib.experiment.load import load_experiment, save_experiment
 from internlm_lib.experiment.schema import Layout
 from internlm_lib.run_folder import RunFolder
+from internlm_lib.selftest.corpus import write_weights
 
 PARAMS = Path(__file__).resolve().parents[2] / "params" / "tiny.yaml"
 
@@ -31,7 +31,7 @@ def make_run(root: Path, candidate: Layout, **overrides: Any) -> RunFolder:
     values = {**SMALL, "parallel.reference": None, "parallel.candidate": candidate.model_dump()}
     _, experiment = load_experiment(PARAMS, {**values, **overrides})
     save_experiment(folder.experiment, folder.name, experiment)
-    write_weights(folder, experiment)
+    write_weights(folder.huggingface, experiment.model, experiment.training.seed)
     _write_corpus(folder, experiment.model.vocab_size)
     return folder
 

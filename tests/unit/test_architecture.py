@@ -19,7 +19,7 @@ HOUSE = (
     ("weights", "engines"),
     ("training", "generation", "reporting", "planning"),
     ("evaluation",),
-    ("stages", "notebook", "doctor"),
+    ("stages", "selftest", "notebook", "doctor"),
     ("pipeline", "progress", "cli"),
 )
 """Rooms by floor. A room imports from lower floors only; on the ground floor and the two upper
@@ -31,7 +31,8 @@ ALLOWED_IN = {
     "mlflow": ("tracking/",),
     "deepspeed": ("engines/zero.py", "weights/zero.py"),
     "megatron": (
-        "devices/", "model/", "engines/", "weights/", "data/batches.py", "data/indexed.py",
+        "devices/", "model/", "engines/", "weights/", "data/batches.py", "data/blend.py",
+        "data/indexed.py", "data/instruction.py", "data/parts.py", "data/pretrain.py",
         "training/", "generation/",
     ),
     "lm_eval": ("evaluation/",),
@@ -44,7 +45,7 @@ HEAVY = (
 )  # fmt: skip
 MAY_LOAD_HEAVY = ("model/", "engines/", "weights/", "generation/", "evaluation/", "kernels/",
                   "training/", "devices/cpu_megatron.py", "devices/megatron_points.py",
-                  "data/")  # fmt: skip
+                  "data/", "selftest/")  # fmt: skip
 """Modules that are themselves only imported where their packages are needed."""
 
 IMPORT_SECONDS = 0.3

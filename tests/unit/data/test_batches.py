@@ -5,34 +5,29 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import pytest
 
-from internlm_lib.data.indexed import indexed_writer
 from internlm_lib.errors import InputError
-from internlm_lib.experiment.schema import DataSection, TrainingSection
+from internlm_lib.experiment.schema import DataSection
+from tests.unit.data.corpora import (
+    DOCUMENTS,
+    GLOBAL,
+    SEQUENCE,
+    build,
+    training_section,
+    write,
+)
 
 if TYPE_CHECKING:
     from internlm_lib.data.batches import Batch, BatchStream
 
-VOCABULARY = 512
-SEQUENCE = 8
-GLOBAL = 12
+pytestmark = pytest.mark.usefixtures("megatron_on_cpu")
+
 LAYOUTS = [
     (data, micro) for data in (1, 2, 3, 4, 6, 12) for micro in (1, 2, 3, 4, 6, 12)
     if GLOBAL % (data * micro) == 0
 ]  # fmt: skip
 """(data_parallel_size, micro_batch_size)"""
-
-RANDOM = numpy.random.default_rng(5)
-DOCUMENTS = [RANDOM.integers(3, VOCABULARY, size=n).tolist() for n in RANDOM.integers(4, 40, 40)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def megatron_on_cpu() -> None:
-    from internlm_lib.devices import select_device
-
-    select_device("cpu").adapt_megatron()
 
 
 @pytest.fixture(autouse=True)
@@ -179,30 +174,14 @@ def test_what_goes_wrong_ahead_is_raised_in_its_own_step() -> None:
         list(ahead.samples(GLOBAL, GLOBAL))
 
 
-def write(prefix: Path, documents: Sequence[Sequence[int]] = DOCUMENTS) -> Path:
-    with indexed_writer(prefix, VOCABULARY) as writer:
-        for document in documents:
-            writer.add_document(document)
-    return prefix
-
-
 @pytest.fixture
 def prefix(tmp_path: Path) -> Path:
     return write(tmp_path / "data" / "train_text_document")
 
 
-def build(prefix: Path, split: str = "1,0,0", **training: Any) -> Any:
-    from internlm_lib.data.batches import build_datasets
-
-    keys = {"seq_length": SEQUENCE, "global_batch_size": GLOBAL, "train_iters": 20}
-    section = TrainingSection(**{**keys, **training})
-    return build_datasets(prefix, DataSection(split=split), section, VOCABULARY)
-
-
 def sha256(prefix: Path, **training: Any) -> str:
-    from internlm_lib.data.batches import data_order_sha256
-
-    return data_order_sha256(build(prefix, **training)[0])
+    order: str = build(prefix, **training).train.order_sha256
+    return order
 
 
 def test_labels_are_the_tokens_that_follow(prefix: Path) -> None:
@@ -244,9 +223,7 @@ def test_there_are_samples_for_all_steps(prefix: Path) -> None:
 
 def test_a_batch_ramp_takes_fewer_samples(prefix: Path) -> None:
     """The order of samples is drawn for as many as there will be."""
-    ramped = TrainingSection(
-        global_batch_size=GLOBAL, train_iters=100, rampup_batch_size=(1, 1, 300)
-    )
+    ramped = training_section(train_iters=100, rampup_batch_size=(1, 1, 300))
     dataset = build(prefix, train_iters=100, rampup_batch_size=(1, 1, 300)).train
     assert ramped.train_samples < 100 * GLOBAL
     assert ramped.train_samples <= len(dataset) < len(build(prefix, train_iters=100).train)
@@ -324,6 +301,61 @@ def test_a_corpus_written_anew_is_not_read_in_the_earlier_ones_order(prefix: Pat
     assert all(len(after[number]["tokens"]) == SEQUENCE for number in range(len(after)))
 
 
+def test_equally_long_documents_written_anew_get_an_index_of_their_own(prefix: Path) -> None:
+    """The index would serve, but its hash would be that of other data."""
+    before = build(prefix).train.order_sha256
+    write(prefix, [document[::-1] for document in DOCUMENTS])
+    after = build(prefix).train
+    assert after.order_sha256 != before
+    assert len(list((prefix.parent / "index").glob("train-*"))) == 2
+
+
+def test_indices_lie_where_one_says(prefix: Path, tmp_path: Path) -> None:
+    from internlm_lib.data.batches import build_datasets
+
+    data, training = DataSection(split="1,0,0"), training_section()
+    there = build_datasets(prefix, data, training, 512, index_folder=tmp_path / "there").train
+    assert not (prefix.parent / "index").exists()
+    assert there.order_sha256 == build(prefix).train.order_sha256
+    assert len(list((tmp_path / "there").glob("train-*"))) == 1
+
+
+def test_a_second_start_makes_nothing_and_reads_no_tokens(
+    prefix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from internlm_lib.data import fingerprint, pretrain
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    before = build(prefix).train
+    monkeypatch.setattr(fingerprint, "sha256_of", never)
+    monkeypatch.setattr(pretrain, "build_order", never)
+    after = build(prefix).train
+    assert after.order_sha256 == before.order_sha256 and samples(after) == samples(before)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_files_that_are_missing_or_cut_off_are_bad_input(prefix: Path, suffix: str) -> None:
+    path = Path(f"{prefix}{suffix}")
+    content = path.read_bytes()
+    for length in (0, 5, 20, 34, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError, match="train_text_document"):
+            build(prefix)
+    path.unlink()
+    with pytest.raises(InputError, match=rf"train_text_document\{suffix} is missing"):
+        build(prefix)
+
+
+def test_what_an_earlier_longer_file_left_behind_does_no_harm(prefix: Path) -> None:
+    """AscendSpeed writes over files without shortening them."""
+    before = samples(build(prefix).train)
+    with Path(f"{prefix}.bin").open("ab") as file:
+        file.write(b"more")
+    assert samples(build(prefix).train) == before
+
+
 def test_the_hash_of_the_order_is_the_same_wherever_and_however_often_it_is_built(
     prefix: Path, tmp_path: Path
 ) -> None:
@@ -338,5 +370,5 @@ def test_the_hash_changes_with_the_order(prefix: Path, training: dict[str, Any])
 
 
 def test_the_hash_changes_with_one_token(prefix: Path, tmp_path: Path) -> None:
-    changed = [*DOCUMENTS[:-1], [*DOCUMENTS[-1][:-1], (DOCUMENTS[-1][-1] + 1) % VOCABULARY]]
+    changed = [*DOCUMENTS[:-1], [*DOCUMENTS[-1][:-1], (DOCUMENTS[-1][-1] + 1) % 512]]
     assert sha256(write(tmp_path / "changed", changed)) != sha256(prefix)

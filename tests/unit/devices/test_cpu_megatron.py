@@ -309,7 +309,7 @@ def test_more_ranks_than_devices_are_refused() -> None:
         check_world_size(Four(), 8, "parallel.candidate")
     assert str(caught.value) == (
         "parallel.candidate needs 8 npu devices (tensor × pipeline × data parallel size), "
-        "this node has 4; lower the sizes"
+        "this node has 4; lower the sizes, or train on several nodes: `internlm launch`"
     )
 
 

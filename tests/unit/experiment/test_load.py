@@ -198,7 +198,7 @@ def test_an_assignment_that_cannot_be_read_is_quoted(assignment: str, message: s
         ),
         (
             {"tracking": {"qqq": 1}},
-            "tracking.qqq: unknown key; allowed are uri, experiment",
+            "tracking.qqq: unknown key; allowed are uri, experiment, device_sample_seconds",
         ),
     ],
 )

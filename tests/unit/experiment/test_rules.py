@@ -18,6 +18,22 @@ TENSOR, PIPELINE = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 VIRTUAL = "virtual_pipeline_model_parallel_size"
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "an environment variable that nobody knows": (
+        {"parallel.environment.HCCL_CONECT_TIMEOUT": 600},
+        "parallel.environment.HCCL_CONECT_TIMEOUT: unknown variable; "
+        "did you mean HCCL_CONNECT_TIMEOUT?",
+    ),
+    "an environment variable out of its range": (
+        {"parallel.environment": {"HCCL_CONNECT_TIMEOUT": 60}},
+        "parallel.environment.HCCL_CONNECT_TIMEOUT = '60': allowed is whole numbers, 120 to 7200 "
+        "(s) (how long ranks wait for each other to connect; HCCL adds 20 s to tell who is "
+        "missing; source: HCCL)",
+    ),
+    "a deterministic mode with collectives that are not": (
+        {"training.deterministic_mode": True, "parallel.environment.HCCL_DETERMINISTIC": False},
+        "parallel.environment.HCCL_DETERMINISTIC = 'false' with training.deterministic_mode = "
+        "true; leave it out, or use true or strict",
+    ),
     "a rollback without checkpoints": (
         {"training.bad_step_policy": "rollback", "training.max_restarts": 1},
         "training.bad_step_policy = 'rollback' needs checkpoints to go back to; set "
@@ -330,6 +346,13 @@ KEPT: dict[str, dict[str, Any]] = {
     },
     "recomputation chosen by memory": {"training.auto_recompute_device_memory_mib": 46080},
     "a reference from another run": {"parallel.reference_run": "gpu"},
+    "variables of two devices": {
+        "parallel.environment": {"HCCL_CONNECT_TIMEOUT": "7200", "NCCL_ALGO": "Ring"},
+    },
+    "a deterministic mode stricter than the kit's": {
+        "training.deterministic_mode": True,
+        "parallel.environment": {"HCCL_DETERMINISTIC": "strict", "TASK_QUEUE_ENABLE": 2},
+    },
     "the smallest vocabulary that can be trained": {"model.vocab_size": 300},
     "a small vocabulary of a given tokenizer": {
         "model.vocab_size": 299,

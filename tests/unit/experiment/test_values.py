@@ -10,7 +10,13 @@ from pydantic import BaseModel
 from internlm_lib.errors import ConfigError
 from internlm_lib.experiment.load import resolve
 from internlm_lib.experiment.schema import Experiment
-from internlm_lib.experiment.values import parse_flag, parse_integer, parse_number, parse_text
+from internlm_lib.experiment.values import (
+    parse_flag,
+    parse_integer,
+    parse_number,
+    parse_setting,
+    parse_text,
+)
 
 NOT_NUMBERS = [True, False, None, "yes", "abc", "", "1,5", [1], {"a": 1}]
 NOT_FINITE = [math.nan, math.inf, -math.inf, "nan", "-inf", "1e400", 10**400]
@@ -28,10 +34,10 @@ def leaf_types(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str
 
 
 def _plain_types(annotation: Any) -> list[type]:
-    """Types of an optional or annotated type; nothing of a tuple or a choice of words."""
+    """Types of an optional or annotated type; nothing of a collection or a choice of words."""
     if isinstance(annotation, type) and not get_args(annotation):
         return [annotation]
-    if getattr(annotation, "__origin__", None) is tuple:
+    if getattr(annotation, "__origin__", None) in (tuple, dict):
         return []
     return [kind for part in get_args(annotation) for kind in _plain_types(part)]
 
@@ -114,6 +120,22 @@ def test_true_in_any_case_is_true(value: Any) -> None:
 @pytest.mark.parametrize("value", [False, "false", "False", "FALSE"])
 def test_false_in_any_case_is_false_though_the_text_is_truthy(value: Any) -> None:
     assert parse_flag(value) is False
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(True, "true"), (False, "false"), (1800, "1800"), (1800.0, "1800"), (0.05, "0.05"),
+     ("expandable_segments:True", "expandable_segments:True"), ("1e3", "1e3")],
+)  # fmt: skip
+def test_a_setting_is_text_as_an_environment_has_it(value: Any, text: str) -> None:
+    assert parse_setting(value) == text
+    assert set_to("parallel.environment", {"OMP_NUM_THREADS": 4}) == {"OMP_NUM_THREADS": "4"}
+
+
+@pytest.mark.parametrize("value", [None, "", [1], {"a": 1}, math.nan], ids=repr)
+def test_a_setting_is_one_value(value: Any) -> None:
+    with pytest.raises(ValueError, match="not text|empty text|not a finite number"):
+        parse_setting(value)
 
 
 @pytest.mark.parametrize("value", ["yes", "no", "on", "1", "", 1, 0, 1.0, None, []], ids=repr)

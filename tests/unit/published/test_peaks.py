@@ -49,6 +49,31 @@ def test_a_shared_or_unknown_name_has_no_peak(name: str, candidates: list[float]
     assert [peak.tflops for peak in peak_candidates(name, "bf16")] == candidates
 
 
+OF_TORCH_NPU = {
+    # first generation
+    "Ascend910A": 256, "Ascend910B": None, "Ascend910ProA": None, "Ascend910ProB": None,
+    "Ascend910PremiumA": None,
+    # 910B
+    "Ascend910B1": 414, "Ascend910B2": 376, "Ascend910B2C": 376, "Ascend910B3": 313,
+    "Ascend910B4": 280, "Ascend910B4-1": 280,
+    # dies of the 910C
+    "Ascend910_9362": None, "Ascend910_9363": None, "Ascend910_9372": None, "Ascend910_9381": None,
+    "Ascend910_9382": None, "Ascend910_9391": None, "Ascend910_9392": None,
+    # others
+    "Ascend310B4": None, "Ascend310P3": None, "Ascend950PR_9579": None, "Ascend950DT_9582": None,
+}  # fmt: skip
+"""Names of training chips, and some others, in libtorch_npu.so of 2.13.0 → TFLOPs in fp16."""
+
+
+@pytest.mark.parametrize("name", OF_TORCH_NPU)
+def test_a_name_that_torch_npu_gives_finds_its_row_or_none(name: str) -> None:
+    """None, not another chip's: `Ascend910B` has a row's name, but is another generation."""
+    peak = peak_of(name, "fp16")
+    assert (peak.tflops if peak else None) == OF_TORCH_NPU[name]
+    if peak is None:
+        assert peak_candidates(name, "fp16") == ()
+
+
 def test_a_precision_that_a_device_has_not_has_no_peak() -> None:
     assert peak_of("Ascend910A", "bf16") is None
     assert peak_of("NVIDIA A100-SXM4-80GB", "fp8") is None

@@ -143,6 +143,7 @@ def success(start: Callable[..., Outcome]) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("OMP_NUM_THREADS", raising=False)
         patch.setattr(os, "cpu_count", lambda: PROCESSORS)
+        patch.setenv("PET_NO_PYTHON", "1")  # torchrun would take it for an option of its own
         return start("succeed", "--an-option", "two words")
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from internlm_lib.errors import InputError
 from internlm_lib.ranks import render
-from internlm_lib.ranks.environment import on_one_node
+from internlm_lib.ranks.cluster import Cluster
+from internlm_lib.ranks.environment import on_one_node, rank_environment
 from internlm_lib.ranks.plan import LaunchPlan, plan_ranks
 from internlm_lib.ranks.stopping import stopped_file
 from internlm_lib.run_folder import RunFolder
@@ -118,20 +120,16 @@ def test_one_node_meets_on_loopback_and_many_at_the_first(tmp_path: Path) -> Non
     assert expected < set(two)
 
 
-def test_a_device_gets_its_variables_and_the_users_win(
+def test_the_environment_is_that_of_the_device_the_node_and_the_params_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "600")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    npu = plan(tmp_path, device="npu", interface="eth1").environment
-    assert npu["HCCL_CONNECT_TIMEOUT"] == "600" and npu["INF_NAN_MODE_ENABLE"] == "1"
-    assert npu["HCCL_SOCKET_IFNAME"] == npu["GLOO_SOCKET_IFNAME"] == "eth1"
-    assert npu["OMP_NUM_THREADS"] == "6"
-    cuda = plan(tmp_path, device="cuda", interface="ib0").environment
-    assert cuda["NCCL_SOCKET_IFNAME"] == "ib0" and not any("HCCL" in name for name in cuda)
-    cpu = plan(tmp_path, device="cpu").environment
-    assert not any("IFNAME" in name or "CCL" in name for name in cpu)
+    chosen = {"TASK_QUEUE_ENABLE": "2"}
+    made = plan(tmp_path, device="npu", interface="eth1", environment=chosen)
+    logs = {"INTERNLM_RANK_LOGS": str(made.logs)}
+    assert made.environment == {**rank_environment("npu", 2, "eth1", chosen), **logs}
+    assert {"OMP_NUM_THREADS": "6", "TASK_QUEUE_ENABLE": "2", "HCCL_SOCKET_IFNAME": "=eth1"}.items(
+    ) <= made.environment.items()  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -152,6 +150,36 @@ def test_a_rank_knows_whether_it_needs_the_network(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert on_one_node() is one
+
+
+def test_npu_ranks_get_the_rank_table_that_the_plan_follows_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch_npu connects ranks by whatever table is in their environment."""
+    table = tmp_path / "hccl.json"
+    cluster = Cluster(2, {}, hosts=("a01", "a02"), nproc_per_node=2, rank_table=table)
+    followed = plan(tmp_path, device="npu", cluster=cluster)
+    assert followed.environment["RANK_TABLE_FILE"] == str(table) and followed.cluster is cluster
+    assert "RANK_TABLE_FILE" not in plan(tmp_path, device="cuda", cluster=cluster).environment
+    assert "RANK_TABLE_FILE" not in plan(tmp_path, device="npu").environment
+    monkeypatch.setenv("RANK_TABLE_FILE", str(tmp_path / "of_another_job.json"))
+    for device in ("npu", None):  # not every stage says on what its ranks run
+        assert plan(tmp_path, device=device).environment["RANK_TABLE_FILE"] == ""
+    without = Cluster(2, {}, hosts=("a01", "a02"))
+    assert plan(tmp_path, device="npu", cluster=without).environment["RANK_TABLE_FILE"] == ""
+
+
+@pytest.mark.parametrize(("device", "refused"), [("npu", True), ("cuda", True), ("cpu", False)])
+def test_more_ranks_than_the_cluster_has_devices_are_refused(
+    tmp_path: Path, device: str, refused: bool
+) -> None:
+    cluster = Cluster(2, {"devices_per_node": "MA_NUM_GPUS"}, devices_per_node=1)
+    if not refused:
+        assert plan(tmp_path, device=device, cluster=cluster).ranks_per_node == 2
+        return
+    with pytest.raises(InputError, match="MA_NUM_GPUS says that a node has 1 devices, .* needs 2"):
+        plan(tmp_path, device=device, cluster=cluster)
+    assert plan(tmp_path, world_size=2, device=device, cluster=cluster).ranks_per_node == 1
 
 
 def test_torchrun_lines_start_what_they_say(spy: Path) -> None:
@@ -184,6 +212,37 @@ def test_the_batch_script_starts_every_node_and_requeues_what_stopped(
     assert (requeued.read_text() if requeued.exists() else None) == ("17\n" if stopped else None)
 
 
+@pytest.mark.parametrize(
+    ("device", "resources"),
+    [("npu", {"huawei.com/Ascend910": 2}), ("cuda", {"nvidia.com/gpu": 2}), ("cpu", {})],
+)
+def test_the_volcano_job_has_a_pod_per_node_that_starts_its_ranks(
+    spy: Path, device: str, resources: dict[str, int]
+) -> None:
+    made = plan(spy, grace_seconds=60.0, device=device)
+    job = yaml.safe_load(render.volcano_job(made, device))
+    assert (job["apiVersion"], job["kind"]) == ("batch.volcano.sh/v1alpha1", "Job")
+    assert job["spec"]["minAvailable"] == 2 and job["spec"]["plugins"] == {"env": [], "svc": []}
+    (task,) = job["spec"]["tasks"]
+    assert task["name"] == "worker", "VC_WORKER_HOSTS is called after it"
+    pod = task["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > made.grace_seconds
+    (container,) = pod["containers"]
+    assert container["resources"] == {"requests": resources, "limits": resources}
+    own = {variable["name"]: variable["value"] for variable in container["env"]}
+    for replica in range(task["replicas"]):
+        pods = {"VC_WORKER_HOSTS": "a01,a02", "VC_TASK_INDEX": str(replica)}
+        subprocess.run(container["command"], env={**os.environ, **own, **pods}, check=True)
+    check_nodes(spy, made)
+
+
+def test_kubernetes_expands_nothing_in_the_volcano_job(tmp_path: Path) -> None:
+    job = yaml.safe_load(render.volcano_job(plan(tmp_path / "a $(HOME)"), "npu"))
+    (container,) = job["spec"]["tasks"][0]["template"]["spec"]["containers"]
+    for text in (container["command"][-1], container["env"][-1]["value"]):
+        assert "$$(HOME)" in text and "$(" not in text.replace("$$(", "")
+
+
 def test_shells_can_read_all_that_is_rendered(tmp_path: Path) -> None:
     made = plan(tmp_path / "it's a $HOME")
     for text in (*render.torchrun_lines(made), render.sbatch_script(made, None)):
@@ -201,6 +260,7 @@ def test_deepspeeds_launcher_understands_its_command(tmp_path: Path) -> None:
     command = shlex.split(render.deepspeed_command(made, str(tmp_path / "hosts"), "env"))
     runner = command.index("deepspeed.launcher.runner")
     assert command[:5] == ["cd", str(folder.root), "&&", "env", "DS_ENV_FILE=env"]
+    assert command[5] == "TORCH_DEVICE_BACKEND_AUTOLOAD=0"  # the launcher itself imports torch
     arguments = parse_args(command[runner + 1 :])
     (tmp_path / "hosts").write_text(render.deepspeed_hostfile(made))
     assert fetch_hostfile(arguments.hostfile) == {"a01": 2, "a02": 2}

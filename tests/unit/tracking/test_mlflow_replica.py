@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from internlm_lib.errors import InputError, KitError
-from internlm_lib.journal import Journal
+from internlm_lib.journal import Journal, events
 from internlm_lib.run_folder import RunFolder
 from internlm_lib.tracking import mlflow_store
 from internlm_lib.tracking.mlflow_replica import sync
@@ -84,6 +84,23 @@ def _steps(journal, steps, loss=lambda step: 5.0 - step / 10):
         )  # fmt: skip
 
 
+def _sample(journal, number, start, *, node=0, nodes=1, utilization=50.0):
+    gpu = {
+        "index": 3, "name": "a GPU", "utilization_percent": utilization, "memory_used_mib": 1000.0,
+        "memory_total_mib": 2000.0, "power_watts": None, "temperature_celsius": 40.0,
+        "health": None,
+    }  # fmt: skip
+    host = {"cpu_percent": 12.5, "memory_used_mib": 300.0, "ranks_cpu_percent": None}
+    journal.write(
+        "device_sample", sample=number, start=start, node=node, nodes=nodes, devices=[gpu],
+        host=host,
+    )  # fmt: skip
+
+
+def _started(folder):
+    return events(folder.training("candidate").journal, "start")[-1]["time"]
+
+
 def test_a_run_becomes_a_parent_with_stages_and_trainings(folder):
     run = Journal(folder.journal)
     run.write("stage", stage="03_train", status="running", seconds=0)
@@ -128,7 +145,7 @@ def test_what_only_some_trainings_record_arrives_too(folder):
     training = Journal(folder.training("candidate").journal)
     training.write(
         "start", role="candidate", first_step=1, train_iters=2, seed=7, deterministic_mode=True,
-        predecessor_decay=False,
+        predecessor_decay=False, environment={"OMP_NUM_THREADS": "2", "NCCL_ALGO": None},
     )  # fmt: skip
     for step, skipped in ((1, True), (2, False)):
         training.write(
@@ -145,6 +162,8 @@ def test_what_only_some_trainings_record_arrives_too(folder):
     assert _history(folder, train, "test/loss") == [(2, 4.25)]
     assert _history(folder, train, "train/grad_norm") == [(2, 1.0)]
     assert (train.data.tags["seed"], train.data.tags["deterministic_mode"]) == ("7", "True")
+    assert train.data.tags["environment/OMP_NUM_THREADS"] == "2"
+    assert "environment/NCCL_ALGO" not in train.data.tags  # older journals: known, but not set
 
 
 def test_losing_the_state_sends_no_point_twice(folder):
@@ -210,6 +229,100 @@ def test_a_resumed_training_shows_each_step_once(folder):
     assert _history(folder, new, "train/loss") == [
         (1, 4.9), (2, 4.8), (3, 1.0), (4, 1.0), (5, 1.0), (6, 1.0),
     ]  # fmt: skip
+
+
+def test_device_samples_are_metrics_of_their_training(folder):
+    files = folder.training("candidate")
+    training, devices = Journal(files.journal), Journal(files.devices())
+    devices.write("device_sampling", device="cuda", seconds=10, node=0, nodes=1)
+    _sample(devices, 1, None)  # before there was a training
+    _start(training)
+    _sample(devices, 2, _started(folder))
+    devices.write("device_sample_failed", reason="no answer", node=0, nodes=1)
+    devices.write(
+        "device_sample", sample=3, start=_started(folder), node=0, nodes=1, devices=[], host=None
+    )  # fmt: skip
+    assert sync(folder) == 6
+    _sample(devices, 4, _started(folder), utilization=75.0)
+    assert (sync(folder), sync(folder)) == (1, 0)
+    (train,) = _runs(folder)["03_train-candidate"]
+    assert _history(folder, train, "device/3/utilization_percent") == [(2, 50.0), (4, 75.0)]
+    assert _history(folder, train, "device/3/memory_used_mib") == [(2, 1000.0), (4, 1000.0)]
+    assert _history(folder, train, "device/3/temperature_celsius") == [(2, 40.0), (4, 40.0)]
+    assert _history(folder, train, "node/cpu_percent") == [(2, 12.5), (4, 12.5)]
+    assert _history(folder, train, "node/memory_used_mib") == [(2, 300.0), (4, 300.0)]
+    unknown = {"device/3/power_watts", "node/ranks_cpu_percent", "node/ranks_memory_mib"}
+    assert not unknown & train.data.metrics.keys()
+
+
+def test_nodes_are_told_apart(folder):
+    files = folder.training("candidate")
+    _start(Journal(files.journal))
+    for node in (0, 1):
+        for number in (1, 2):
+            journal = Journal(files.devices(node))
+            _sample(journal, number, _started(folder), node=node, nodes=2, utilization=node)
+    assert sync(folder) == 5
+    (train,) = _runs(folder)["03_train-candidate"]
+    for node in (0, 1):
+        name = f"node{node}/device/3/utilization_percent"
+        assert _history(folder, train, name) == [(1, node), (2, node)]
+        assert _history(folder, train, f"node{node}/cpu_percent") == [(1, 12.5), (2, 12.5)]
+
+
+def test_each_sample_goes_once_to_the_attempt_it_is_of(folder):
+    """Also if the replica comes late, or has forgotten everything."""
+    files = folder.training("candidate")
+    training, devices = Journal(files.journal), Journal(files.devices())
+    for number, first_step in enumerate((1, 1, 3), start=1):  # begun anew; resumed
+        _sample(devices, 10 * number, None)
+        _start(training, first_step)
+        _sample(devices, 10 * number + 1, _started(folder))
+        if number != 2:
+            sync(folder)
+        _steps(training, [first_step, first_step + 1])
+        _sample(devices, 10 * number + 2, _started(folder))
+    name = "device/3/utilization_percent"
+    for _ in range(2):
+        sync(folder)
+        old, new = _runs(folder)["03_train-candidate"]
+        assert [step for step, _ in _history(folder, old, name)] == [11, 12]
+        assert [step for step, _ in _history(folder, new, name)] == [21, 22, 31, 32]
+        state_path(folder).unlink()
+
+
+def test_a_sample_waits_for_the_start_of_its_attempt(folder):
+    """A pass may read the training's journal before, and the devices' after, a training starts."""
+    files = folder.training("candidate")
+    training, devices = Journal(files.journal), Journal(files.devices())
+    _start(training)
+    sync(folder)
+    _sample(devices, 1, _started(folder) + 5.0)
+    assert sync(folder) == 0
+    training.write("start", role="candidate", first_step=1, time=_started(folder) + 5.0)
+    assert sync(folder) == 2
+    old, new = _runs(folder)["03_train-candidate"]
+    assert "node/cpu_percent" not in old.data.metrics
+    assert _history(folder, new, "node/cpu_percent") == [(1, 12.5)]
+
+
+def test_many_samples_go_in_full_requests(folder, monkeypatch):
+    files = folder.training("candidate")
+    _start(Journal(files.journal))
+    journal = Journal(files.devices())
+    for number in range(1, 501):
+        _sample(journal, number, _started(folder))
+    sizes, log = [], mlflow_store.ExperimentStore.log
+    monkeypatch.setattr(
+        mlflow_store.ExperimentStore, "log",
+        lambda self, run_id, metrics=(), **rest: (
+            sizes.append(len(metrics)), log(self, run_id, metrics, **rest)
+        ),
+    )  # fmt: skip
+    assert sync(folder) == 501
+    assert sum(sizes) == 500 * 5 and len([size for size in sizes if size]) == 3
+    (train,) = _runs(folder)["03_train-candidate"]
+    assert len(_history(folder, train, "node/cpu_percent")) == 500
 
 
 def test_what_was_killed_is_closed_when_the_next_stage_begins(folder):

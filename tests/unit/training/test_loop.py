@@ -242,3 +242,17 @@ def test_the_decay_rule_spares_biases_always_and_norms_but_for_the_predecessor()
     assert found == [True, True, True]
     # AscendSpeed's one exception: DeepSpeed with sequence parallelism.
     assert not decays("norm.weight", vector, rules[1], zero_parallel)
+
+
+def test_a_step_tells_what_the_rank_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peak under its old name; what only an allocator knows, only where there is one."""
+    from internlm_lib.devices import Memory
+    from internlm_lib.devices.cpu import CpuDevice
+
+    first, *_ = steps_of(run(Notebook()))
+    assert first["memory_bytes"] >= first["memory_allocated_bytes"] > 2**20
+    assert "memory_reserved_bytes" not in first
+    monkeypatch.setattr(CpuDevice, "memory", lambda self: Memory(3, 16, 9))
+    first, *_ = steps_of(run(Notebook()))
+    names = ("memory_bytes", "memory_allocated_bytes", "memory_reserved_bytes")
+    assert [first[name] for name in names] == [9, 3, 16]

@@ -1,7 +1,9 @@
 """`internlm launch`: the commands of every node, and what is refused before ranks start."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,12 +29,15 @@ def test_a_dry_run_prints_every_launchers_commands_for_65b(home: Path) -> None:
     result = launch(
         "params/internlm_65b.yaml", "--nnodes", "4", "--dry-run", "--interface", "eth0",
         "--run-name", "big", "--set", "parallel.device=npu",
+        "--set", "parallel.environment.HCCL_EXEC_TIMEOUT=3600",
     )  # fmt: skip
     assert result.exit_code == 0
     lines = [line for line in result.stdout.splitlines() if line.startswith("cd ")]
     assert [f"--node-rank={node}" in lines[node] for node in range(4)] == [True] * 4
-    assert all("HCCL_SOCKET_IFNAME=eth0" in line for line in lines[:4])
+    for variable in ("HCCL_SOCKET_IFNAME==eth0", "HCCL_EXEC_TIMEOUT=3600"):
+        assert all(f" {variable} " in line for line in lines[:4])
     assert "HOST_3 slots=8" in result.stdout and "#SBATCH --nodes=4" in result.stdout
+    assert "huawei.com/Ascend910: 8" in result.stdout and "replicas: 4" in result.stdout
     assert "missing: " in result.stdout and "--only 01_prepare,02_convert" in result.stdout
     assert "shared file system" in result.stdout
     # what the nodes read is there
@@ -161,3 +166,104 @@ def test_ranks_beyond_this_nodes_devices_are_refused(
     result = launch("params/tiny.yaml", "--set", "parallel.device=npu")
     assert result.exit_code == 2 and not started
     assert "--nproc-per-node needs 2 npu devices" in result.stderr
+
+
+def write_table(path: Path, servers: int, devices: int, first: str = "10.0.0.{}") -> Path:
+    """A rank table of A2 servers, as Ascend Operator writes it."""
+    table = {
+        "status": "completed", "version": "1.0", "server_count": str(servers),
+        "server_list": [
+            {"server_id": first.format(i + 1),
+             "device": [{"device_id": str(d), "device_ip": f"29.{i}.0.{d}",
+                         "rank_id": str(i * devices + d)} for d in range(devices)]}
+            for i in range(servers)
+        ],
+    }  # fmt: skip
+    path.write_text(json.dumps(table))
+    return path
+
+
+def test_a_rank_table_of_this_machine_is_the_plan(home: Path) -> None:
+    """In a process of its own: nothing but the variable says where ranks run."""
+    table = write_table(home / "hccl.json", 1, 2, "127.0.0.{}")
+    done = subprocess.run(
+        [sys.executable, "-m", "internlm_lib.cli", "launch", "params/tiny.yaml", *CPU,
+         "--dry-run", "--json"],
+        env={**os.environ, "RANK_TABLE_FILE": str(table)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    plan = found["plan"]
+    assert (plan["world_size"], plan["hosts"]) == (2, {"127.0.0.1": [0, 1]})
+    cluster = {name: plan["cluster"][name] for name in ("nnodes", "nproc_per_node", "node_rank")}
+    assert cluster == {"nnodes": 1, "nproc_per_node": 2, "node_rank": 0}
+    assert plan["cluster"]["rank_table"] == str(table)
+    summary = f"1 node × 2 from RANK_TABLE_FILE={table}; this is node 0 (127.0.0.1)"
+    assert summary in found["notes"]
+    assert any("nothing else reads it, as ranks run on cpu" in note for note in found["notes"])
+
+
+def test_a_dry_run_for_npus_says_what_the_rank_table_is_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = write_table(home / "hccl.json", 4, 8)
+    monkeypatch.setenv("RANK_TABLE_FILE", str(table))
+    arguments = ("params/internlm_65b.yaml", "--dry-run", "--set", "parallel.device=npu")
+    result = launch(*arguments)
+    assert result.exit_code == 0
+    assert f"# 4 nodes × 8 from RANK_TABLE_FILE={table}; none of its servers" in result.stdout
+    assert "they also connect by it" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if line.startswith("cd ")]
+    assert all(f"RANK_TABLE_FILE={table}" in line for line in lines[:4])
+    assert all("--master-addr=10.0.0.1" in line for line in lines[:4])
+    # a mounted ConfigMap's files are symbolic links
+    (home / "link.json").symlink_to(table)
+    monkeypatch.setenv("RANK_TABLE_FILE", str(home / "link.json"))
+    assert "torch_npu follows no symbolic link" in launch(*arguments).stdout
+    # without the cluster, no rank sees the table
+    ignored = launch(*arguments, "--nnodes", "4", "--ignore-cluster")
+    assert ignored.exit_code == 0 and "HOST_3 slots=8" in ignored.stdout
+    assert "RANK_TABLE_FILE= " in ignored.stdout and str(table) not in ignored.stdout
+
+
+def test_a_node_of_a_cluster_starts_its_own_ranks(
+    started: list[tuple[LaunchPlan, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("NNODES", "2"), ("NODE_RANK", "0"), ("MASTER_ADDR", "10.0.0.1"),
+                        ("MASTER_PORT", "6000")):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    result = launch("params/tiny.yaml", *CPU, "--json")
+    assert result.exit_code == 0
+    assert "internlm: 2 nodes from NNODES, NODE_RANK, MASTER_ADDR; this is node 0" in result.stderr
+    assert json.loads(result.stdout)["ranks"] == [0]
+    ((plan, node),) = started
+    assert (node, plan.hosts, plan.master_port) == (0, ("10.0.0.1", "HOST_1"), 6000)
+
+
+@pytest.mark.parametrize(
+    ("environ", "arguments", "message"),
+    [
+        ({"NNODES": "4"}, ("--nnodes", "2"), "--nnodes 2, but NNODES says 4"),
+        ({"NNODES": "2", "NODE_RANK": "1"}, ("--node-rank", "0"), "NODE_RANK says 1"),
+        # the layout's two ranks on four nodes
+        ({"NNODES": "4", "NODE_RANK": "1"}, (), "the cluster: 4 nodes from NNODES, NODE_RANK"),
+        ({"NNODES": "2", "NPROC_PER_NODE": "8"}, ("--dry-run",), "2 nodes × 8 ranks cannot hold"),
+        ({"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a[1-2]"}, (),
+         "`internlm launch` once per node, with srun"),
+        ({"RANK_TABLE_FILE": "/nowhere/hccl.json"}, ("--dry-run",), "/nowhere/hccl.json: No such"),
+    ],
+)  # fmt: skip
+def test_a_cluster_that_does_not_fit_is_refused(
+    started: list[tuple[LaunchPlan, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    environ: dict[str, str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    result = launch("params/tiny.yaml", *arguments, *CPU)
+    assert result.exit_code == 2 and not started
+    assert message in result.stderr
+    alone = launch("params/tiny.yaml", *CPU, "--ignore-cluster")
+    assert alone.exit_code == 0 and [node for _, node in started] == [0]

@@ -88,11 +88,11 @@ class Tally:
 
 
 @dataclass
-class Progress:
-    """What is committed, beside what the files themselves tell."""
+class Standing:
+    """How far the work is, beside what the files themselves tell."""
 
     batches: int = 0
-    """Of the source."""
+    """Of the source, that are written."""
     splits: int = 0
     damaged: int = 0
     """Rows that gave no document."""
@@ -106,7 +106,7 @@ class CorpusWriter:
 
     def __init__(self, folder: Path, prefix: Path, inputs: Inputs) -> None:
         self.tally = Tally(inputs.tokenizer.vocab_size)
-        self.progress = Progress()
+        self.standing = Standing()
         self.inputs = inputs
         self._folder, self._prefix = folder, prefix
         self._since = time.monotonic()
@@ -144,7 +144,7 @@ class CorpusWriter:
             commits = []
         if not commits:
             return False
-        self.progress = Progress(**commits[-1]["progress"])
+        self.standing = Standing(**commits[-1]["standing"])
         committed = commits[-1]["files"]
         return all(
             file.restore(committed[name], partial(self.tally.see, name))
@@ -171,7 +171,7 @@ class CorpusWriter:
         """
         self._write_held()
         self._commit()
-        damage = [*unreadable.first, *self.progress.damage]
+        damage = [*unreadable.first, *self.standing.damage]
         if not self.tally.rows:
             raise InputError(
                 f"there is no document to write; the first damaged record: {damage[0]}"
@@ -189,7 +189,7 @@ class CorpusWriter:
             packing=self._packing(),
             damage=tuple(damage[:_LISTED]),
             files=tuple(files),
-            seconds=round(self.progress.seconds, 3),
+            seconds=round(self.standing.seconds, 3),
             **made_now(),
         )
         write_json(_card_in(self._folder, self._prefix), card.model_dump(mode="json"))
@@ -200,22 +200,22 @@ class CorpusWriter:
             file.close()
 
     def _write_held(self) -> None:
-        progress, held = self.progress, self._held
+        standing, held = self.standing, self._held
         if any(len(batch.documents.lengths) for batch in held):
             self._append(joined([batch.documents for batch in held]))
         messages = [message for batch in held for message in batch.damage]
-        progress.damaged += len(messages)
-        progress.damage = [*progress.damage, *messages][:_LISTED]
-        progress.batches += len(held)
+        standing.damaged += len(messages)
+        standing.damage = [*standing.damage, *messages][:_LISTED]
+        standing.batches += len(held)
         self._held = []
 
     def _commit(self) -> None:
         """Bring what is written to the disk; from here on an interrupted work goes on."""
         committed = {name: file.commit() for name, file in self._files.items()}
         now = time.monotonic()
-        self.progress.seconds += now - self._since
+        self.standing.seconds += now - self._since
         self._since = now
-        self._journal.write("commit", progress=asdict(self.progress), files=committed)
+        self._journal.write("commit", standing=asdict(self.standing), files=committed)
 
     def _append(self, documents: Documents) -> None:
         options = self.inputs.options
@@ -225,7 +225,7 @@ class CorpusWriter:
             split_longer_than=options.split_longer_than,
             first_number=self.tally.documents,
         )
-        self.progress.splits += rows.splits
+        self.standing.splits += rows.splits
         values: dict[str, Any] = {
             "input_ids": rows.ids,
             "labels": rows.labels,
@@ -259,8 +259,8 @@ class CorpusWriter:
             rows=tally.rows,
             tokens=tally.tokens,
             trained_tokens=tally.tokens - tally.untrained,
-            damaged=unreadable + self.progress.damaged,
-            split=self.progress.splits,
+            damaged=unreadable + self.standing.damaged,
+            split=self.standing.splits,
         )
 
     def _packing(self) -> Packing | None:

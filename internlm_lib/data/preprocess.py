@@ -129,7 +129,7 @@ def _write(
         damage=unreadable,
     )
     position = Position(files)
-    source = islice(batches(rows, needed, position), writer.progress.batches, None)
+    source = islice(batches(rows, needed, position), writer.standing.batches, None)
     documents, tokens = writer.tally.documents, writer.tally.tokens
     most = 1 + position.total // _BYTES_PER_PROCESS
     for batch in encode_all(source, encoder, workers, most_processes=most):
@@ -144,6 +144,8 @@ def _write(
 
 
 def _check(files: Sequence[Path], prefix: Path, handler: Handler, options: Options) -> None:
+    if prefix.name in ("", ".."):
+        raise InputError(f"{prefix}: a prefix ends in a name, as in data/alpaca for alpaca.bin")
     if options.pack_to and handler.kind != "instruction":
         raise InputError(
             f"pack_to = {options.pack_to}: handler {handler.name!r} makes pre-training text, whose "

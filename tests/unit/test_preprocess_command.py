@@ -1,15 +1,21 @@
 """`internlm preprocess`: one JSON object on stdout, what is going to be done on stderr."""
 
+import io
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from internlm_lib.cli import app
 from internlm_lib.data.card import read_card
+from internlm_lib.data.preprocess import Progress
 from internlm_lib.data.tokenizer import Tokenizer
 from internlm_lib.files import sha256_of
+from internlm_lib.progress import DocumentProgress
 from tests.unit.data.trained_tokenizer import trained
 
 RECORDS = [{"instruction": f"Add {n}.", "output": str(n)} for n in range(600)]
@@ -76,6 +82,18 @@ def test_the_first_records_are_shown(source: Path, tokenizer: Tokenizer, tmp_pat
     assert "records.jsonl, line 1, handler question_answer" in result.stderr
     assert "Question: Add 0.\nAnswer: 0" in result.stderr
     assert "<s>|" in result.stderr and "|</s>" in result.stderr and "\\n|" in result.stderr
+
+
+def test_the_bar_tells_documents_rate_and_time_left() -> None:
+    screen = io.StringIO()
+    with DocumentProgress(Console(file=screen, force_terminal=True, width=160)) as progress:
+        assert isinstance(progress, DocumentProgress)
+        for part in (1, 2):
+            progress.show(Progress(1500 * part, 99_000 * part, 20_000_000 * part, 80_000_000))
+            time.sleep(0.2)
+    shown = screen.getvalue()
+    assert "40.0/80.0 MB" in shown and "3,000 documents, 198,000 tokens" in shown
+    assert re.search(r"\d+\.\d MB/s", shown) and re.search(r"\d:\d\d:\d\d", shown)
 
 
 def test_options_reach_the_files(source: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

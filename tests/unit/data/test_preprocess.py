@@ -378,6 +378,12 @@ def test_a_source_is_not_overwritten(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert json.loads(source.read_text()) == RECORDS
 
 
+@pytest.mark.parametrize("prefix", [".", "/", ".."])
+def test_a_prefix_has_a_name(source: Path, tokenizer: Tokenizer, prefix: str) -> None:
+    with pytest.raises(InputError, match="a prefix ends in a name"):
+        preprocess([source], Path(prefix), handler("alpaca", tokenizer), tokenizer)
+
+
 def test_a_source_must_not_change_meanwhile(
     source: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

@@ -11,8 +11,8 @@ from typing import IO
 import psutil
 
 from internlm_lib.errors import RanksHangError, StoppedError, WorkerError
+from internlm_lib.processes import die_with_parent
 from internlm_lib.ranks.failures import describe_failure
-from internlm_lib.ranks.orphans import die_with_parent
 from internlm_lib.ranks.plan import DEFAULT_GRACE_SECONDS, LaunchPlan, plan_ranks
 from internlm_lib.ranks.stopping import stopped_file, terminated_as_interrupted
 from internlm_lib.run_folder import RunFolder

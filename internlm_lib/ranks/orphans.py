@@ -1,24 +1,17 @@
 """No process outlives the one that started it, however that one ends.
 
 A scheduler's SIGTERM or an out-of-memory SIGKILL gives the starter no chance to clean up, so every
-child looks after itself: the kernel kills torchrun with its starter (PR_SET_PDEATHSIG), and each
-rank, which torchrun starts in a session of its own, watches the processes above it.
+child looks after itself: the kernel kills torchrun with its starter (`processes.die_with_parent`),
+and each rank, which torchrun starts in a session of its own, watches the processes above it.
 """
 
-import ctypes
 import os
 import signal
 import threading
 import time
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
 _POLL_SECONDS = 0.5
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies. For `Popen(preexec_fn=…)`."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def process_started(pid: int) -> str | None:

@@ -21,8 +21,8 @@ import pytest
 from internlm_lib.experiment.load import load_experiment
 from internlm_lib.experiment.schema import Layout
 from internlm_lib.journal import events
+from internlm_lib.processes import die_with_parent
 from internlm_lib.ranks.launch import launch_node
-from internlm_lib.ranks.orphans import die_with_parent
 from internlm_lib.ranks.plan import LaunchPlan, plan_ranks
 from internlm_lib.ranks.render import torchrun_lines
 from internlm_lib.run_folder import RunFolder

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "internlm_lib"
 
 HOUSE = (
-    ("errors", "files", "provenance", "journal", "run_folder"),
+    ("errors", "files", "provenance", "journal", "run_folder", "processes"),
     ("experiment", "devices", "published"),
     ("data", "kernels", "tracking", "ranks", "logs"),
     ("model",),

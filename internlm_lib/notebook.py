@@ -88,14 +88,15 @@ class Pieces:
 
     def _repr_html_(self) -> str:
         return "\n".join(
-            f"<p style='margin:1em 0 .3em'><b>{html.escape(example.where)}</b></p>"
+            f"<p style='margin:1em 0 .3em'><b>{html.escape(Path(example.where).name)}</b></p>"
             f"<p style='{_DOCUMENT}'>{''.join(_piece_spans(example))}</p>"
             for example in self.examples
         )
 
     def __repr__(self) -> str:
         return "\n\n".join(
-            f"{example.where}\n" + "|".join(map(_spelled, example.pieces[:_SHOWN_PIECES]))
+            f"{Path(example.where).name}\n"
+            + "|".join(map(_spelled, example.pieces[:_SHOWN_PIECES]))
             for example in self.examples
         )
 

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
+    from internlm_lib.data.examples import Example
+    from internlm_lib.data.preprocess import Progress
+
 _REFRESH_SECONDS = 1.0
+_SHOWN_CHARACTERS = 600
+_SHOWN_PIECES = 80
 _COLOURS = {"done": "green", "failed": "red", "unchanged": "cyan"}
 
 
@@ -78,15 +83,15 @@ class ByteProgress:
 
         self._bar = Progress(
             TextColumn("{task.description:<10}"), BarColumn(), DownloadColumn(),
-            TransferSpeedColumn(), TimeRemainingColumn(),
+            TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
             console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
 
-    def __call__(self, what: str, done: int, total: int) -> None:
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         if what not in self._tasks:
-            self._tasks[what] = self._bar.add_task(what, total=total)
-        self._bar.update(self._tasks[what], completed=done, total=total)
+            self._tasks[what] = self._bar.add_task(what, total=total, note=note)
+        self._bar.update(self._tasks[what], completed=done, total=total, note=note)
 
     def __enter__(self) -> "ByteProgress":
         self._bar.start()
@@ -94,6 +99,32 @@ class ByteProgress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+
+class DocumentProgress(ByteProgress):
+    """How far preprocessing is: bytes of the sources, documents and tokens."""
+
+    def show(self, progress: "Progress") -> None:
+        note = f"{progress.documents:,} documents, {progress.tokens:,} tokens"
+        self("read", progress.bytes_read, progress.bytes_total, note)
+
+
+def print_examples(handler: str, found: Sequence["Example"], console: "Console") -> None:
+    """The first documents as text and as pieces; pieces that are not trained are dim."""
+    from rich.text import Text
+
+    for example in found:
+        console.print(Text(f"{example.where}, handler {handler}", style="bold"), soft_wrap=True)
+        rest = len(example.text) - _SHOWN_CHARACTERS
+        note = f" … and {rest} characters" if rest > 0 else ""
+        console.print(Text(example.text[:_SHOWN_CHARACTERS] + note))
+        pieces = [
+            Text(piece.replace("\n", "\\n"), style="" if trained else "dim")
+            for piece, trained in zip(example.pieces, example.trained, strict=True)
+        ]
+        rest = len(pieces) - _SHOWN_PIECES
+        pieces[_SHOWN_PIECES:] = [Text(f"… and {rest} pieces")] if rest > 0 else []
+        console.print(Text("|", style="cyan").join(pieces))
 
 
 def print_plan(target: Path, rows: Sequence[Mapping[str, Any]], console: "Console") -> None:

@@ -51,17 +51,22 @@ class Dumpable(Protocol):
 def record() -> dict[str, Any]:
     """Flat record of software and host, for a report or for tags.
 
+    Keys: those of `software`, `environment_sha256`, `cpu_model`, `cpu_cores`, `memory_bytes`.
+    """
+    return {**software(), "environment_sha256": environment_sha256(), **_host()}
+
+
+def software() -> dict[str, Any]:
+    """Flat record of what computed a result, wherever it did.
+
     Keys: `python`, `platform`, one per installed package of `PACKAGES`, `git_commit` ("unknown"
-    outside a checkout), `git_dirty`, `environment_sha256`, `cpu_model`, `cpu_cores`,
-    `memory_bytes`.
+    outside a checkout), `git_dirty`.
     """
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         **package_versions(),
         **git_state(Path(__file__).resolve().parents[1]),
-        "environment_sha256": environment_sha256(),
-        **_host(),
     }
 
 
@@ -78,7 +83,9 @@ def package_versions() -> dict[str, str]:
 
 def environment_sha256() -> str:
     """SHA-256 of the sorted `name==version` lines of all installed distributions."""
-    lines = {f"{d.name.lower().replace('_', '-')}=={d.version}" for d in metadata.distributions()}
+    # A distribution's name and version each read its file anew.
+    found = (distribution.metadata for distribution in metadata.distributions())
+    lines = {f"{d['Name'].lower().replace('_', '-')}=={d['Version']}" for d in found}
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -30,10 +30,12 @@ class Span:
 
 Encoded = tuple[list[int], list[int]]
 """Ids and labels of a document, equally many."""
+Part = tuple[list[int], bool]
+"""Ids of a part of a document, and whether they are trained."""
 
 
 def encode_document(spans: Sequence[Span], tokenizer: Tokenizer, *, append_eod: bool) -> Encoded:
-    """Ids and labels of one document; see `encode_documents`."""
+    """Ids and labels of one document; see `encode_parts`."""
     return encode_documents([spans], tokenizer, append_eod=append_eod)[0]
 
 
@@ -44,10 +46,26 @@ def encode_documents(
     append_eod: bool,
     num_threads: int = 1,
 ) -> list[Encoded]:
-    """Ids and labels of documents, all their texts in one call of sentencepiece.
+    """Ids and labels of documents; see `encode_parts`. A label is the id itself, or -100."""
+    result = []
+    for parts in encode_parts(documents, tokenizer, append_eod=append_eod, num_threads=num_threads):
+        ids = [i for part, _ in parts for i in part]
+        labels = [i if trained else IGNORED for part, trained in parts for i in part]
+        result.append((ids, labels))
+    return result
 
-    `<s>` comes first, with append_eod `</s>` last. A label is the id itself where it is trained,
-    else -100; `</s>` is trained, `<s>`, which nothing precedes, is not.
+
+def encode_parts(
+    documents: Sequence[Sequence[Span]],
+    tokenizer: Tokenizer,
+    *,
+    append_eod: bool,
+    num_threads: int = 1,
+) -> list[list[Part]]:
+    """Documents as ids, all their texts in one call of sentencepiece.
+
+    `<s>` comes first, with append_eod `</s>` last. `</s>` is trained, `<s>`, which nothing
+    precedes, is not.
 
     Neighbouring texts that are equally trained are encoded as one. Where a trained text follows one
     that is not, both are encoded by themselves: what the model is asked with at inference ends at
@@ -63,16 +81,19 @@ def encode_documents(
     documents = [list(_joined(spans)) for spans in documents]
     texts = [span.text for spans in documents for span in spans if span.text]
     encoded = iter(tokenizer.encode_batch(texts, literal=True, num_threads=num_threads))
-    end = [tokenizer.eos_id] * append_eod
-    result = []
-    for spans in documents:
-        ids, labels = [tokenizer.bos_id], [IGNORED]
-        for span in spans:
-            part = next(encoded) if span.text else tokenizer.check_ids(span.ids)
-            ids += part
-            labels += part if span.trained else [IGNORED] * len(part)
-        result.append((ids + end, labels + end))
-    return result
+    start: Part = ([tokenizer.bos_id], False)
+    end: list[Part] = [([tokenizer.eos_id], True)] * append_eod
+    return [
+        [
+            start,
+            *(
+                (next(encoded) if span.text else tokenizer.check_ids(span.ids), span.trained)
+                for span in spans
+            ),
+            *end,
+        ]
+        for spans in documents
+    ]
 
 
 def span_text(spans: Sequence[Span], tokenizer: Tokenizer) -> str:

@@ -26,7 +26,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 from internlm_lib.data.chat import (
     CONVERSATION_COLUMNS,
@@ -36,6 +36,7 @@ from internlm_lib.data.chat import (
     read_messages,
 )
 from internlm_lib.data.documents import Span, encode_document, encode_documents, span_text
+from internlm_lib.data.indexed import Kind
 from internlm_lib.data.prompts import TEMPLATES, Template
 from internlm_lib.data.records import RecordError, Row, text_of
 from internlm_lib.data.tokenizer import Tokenizer
@@ -57,8 +58,6 @@ __all__ = [
 
 ENTRY_POINT_GROUP = "internlm_lib.handlers"
 
-Kind = Literal["pretrain", "instruction"]
-"""instruction: labels are written beside the ids."""
 _MEMBERS = ("name", "kind", "columns", "optional_columns", "document")
 
 

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import numpy
 from numpy.typing import NDArray
 
-IGNORED = -100
-"""Label of a token that is not trained, as in torch's cross entropy."""
+from internlm_lib.data.documents import IGNORED
+
+PIECE_NUMBERS = 3
+"""Numbers that describe a piece of a packed row: of which document, from which of its tokens on,
+how many."""
 _OPEN_ROWS = 32
 
 
@@ -30,11 +33,32 @@ class Rows(Documents):
     """Rows, one after another; `lengths` are theirs."""
 
     pieces: NDArray[numpy.int64] | None = None
-    """Of packed rows: (document, first token, tokens) of every piece, in stored order."""
-    row_pieces: NDArray[numpy.int32] | None = None
-    """Of packed rows: how many pieces each holds."""
+    """Of packed rows: `PIECE_NUMBERS` of every piece, in stored order."""
+    row_numbers: NDArray[numpy.int32] | None = None
+    """Of packed rows: how many of the numbers in `pieces` each has."""
     splits: int = 0
     """Documents that were cut."""
+
+
+def arrange(
+    documents: Documents, *, pack_to: int | None, split_longer_than: int | None, first_number: int
+) -> Rows:
+    """The rows of some documents, by `card.Options`; at least one document."""
+    if pack_to:
+        return pack(documents, pack_to + 1, first_number)
+    if split_longer_than:
+        return split(documents, split_longer_than)
+    return Rows(documents.ids, documents.lengths, documents.labels)
+
+
+def joined(parts: Sequence[Documents]) -> Documents:
+    """The documents of all parts, of which there is at least one."""
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Documents(
+        numpy.concatenate([part.ids for part in parts]),
+        numpy.concatenate([part.lengths for part in parts]),
+        numpy.concatenate(labels) if labels else None,
+    )
 
 
 def split(documents: Documents, longest: int) -> Rows:
@@ -61,25 +85,21 @@ def pack(documents: Documents, longest: int, first_number: int) -> Rows:
         first_number: number of the first document, for `pieces`.
     """
     pieces = _pieces(documents.lengths, longest)
-    rows = first_fit([stop - start for _, start, stop in pieces], longest)
-    starts = numpy.concatenate([[0], documents.lengths.cumsum()])
-    ordered = [pieces[number] for row in rows for number in row]
-    spans = [slice(starts[doc] + start, starts[doc] + stop) for doc, start, stop in ordered]
-    lengths = numpy.array([stop - start for _, start, stop in ordered], dtype=numpy.int64)
-    row_pieces = numpy.array([len(row) for row in rows], dtype=numpy.int32)
-    borders = lengths.cumsum() - lengths
-    labels = documents.ids if documents.labels is None else documents.labels
-    labels = numpy.concatenate([labels[span] for span in spans])
+    rows = first_fit(pieces[:, 2].tolist(), longest)
+    per_row = numpy.array([len(row) for row in rows])
+    pieces = pieces[[number for row in rows for number in row]]
+    lengths = pieces[:, 2]
+    borders = lengths.cumsum() - lengths  # where each piece begins in the rows
+    begins = (documents.lengths.cumsum() - documents.lengths)[pieces[:, 0]] + pieces[:, 1]
+    taken = numpy.repeat(begins - borders, lengths) + numpy.arange(lengths.sum())
+    labels = (documents.ids if documents.labels is None else documents.labels)[taken]
     labels[borders] = IGNORED
     return Rows(
-        ids=numpy.concatenate([documents.ids[span] for span in spans]),
-        lengths=numpy.add.reduceat(lengths, row_pieces.cumsum() - row_pieces).astype(numpy.int32),
+        ids=documents.ids[taken],
+        lengths=numpy.add.reduceat(lengths, per_row.cumsum() - per_row).astype(numpy.int32),
         labels=labels,
-        pieces=numpy.array(
-            [(first_number + doc, start, stop - start) for doc, start, stop in ordered],
-            dtype=numpy.int64,
-        ),
-        row_pieces=row_pieces,
+        pieces=(pieces + (first_number, 0, 0)).ravel(),
+        row_numbers=(PIECE_NUMBERS * per_row).astype(numpy.int32),
         splits=int((documents.lengths > longest).sum()),
     )
 
@@ -109,10 +129,13 @@ def first_fit(lengths: Sequence[int], longest: int) -> list[list[int]]:
     return rows
 
 
-def _pieces(lengths: NDArray[numpy.int32], longest: int) -> list[tuple[int, int, int]]:
-    """(document, start, stop) of every piece; a document's pieces overlap by one token."""
-    pieces = []
-    for document, length in enumerate(lengths.tolist()):
-        for start in range(0, max(length - 1, 1), longest - 1):
-            pieces.append((document, start, min(start + longest, length)))
-    return pieces
+def _pieces(lengths: NDArray[numpy.int32], longest: int) -> NDArray[numpy.int64]:
+    """`PIECE_NUMBERS` of every piece; a document's pieces overlap by one token."""
+    return numpy.array(
+        [
+            (document, start, min(longest, length - start))
+            for document, length in enumerate(lengths.tolist())
+            for start in range(0, max(length - 1, 1), longest - 1)
+        ],
+        dtype=numpy.int64,
+    )

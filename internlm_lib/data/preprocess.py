@@ -1,76 +1,176 @@
-"""Records → token files: each record is one document, `<s>` text `</s>`, streamed."""
+"""Records → token files and their card: in parallel, in order, resumable, and not twice.
 
-from collections.abc import Iterable, Iterator
+The files depend on the sources, the handler, the tokenizer and the options; not on the number of
+workers, nor on where the work was interrupted.
+"""
+
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from internlm_lib.data.indexed import indexed_writer
-from internlm_lib.data.prompts import Template
-from internlm_lib.data.records import Record
-from internlm_lib.data.tokenizer import Tokenizer
-from internlm_lib.errors import InputError
+import numpy
+from numpy.typing import NDArray
 
-_BATCH = 1024
+from internlm_lib.data.card import Card, card_path, damaged_files, read_card
+from internlm_lib.data.corpus import CorpusWriter, corpus_writer, finished_card
+from internlm_lib.data.encoding import Encoder, batches, encode_all
+from internlm_lib.data.files import source_files
+from internlm_lib.data.handlers import Handler
+from internlm_lib.data.indexed import corpus_files, field_prefix, sequence_lengths
+from internlm_lib.data.inputs import DEFAULTS, Inputs, Options, describe_inputs
+from internlm_lib.data.position import Position
+from internlm_lib.data.records import Damage, read_rows
+from internlm_lib.data.tokenizer import Tokenizer
+from internlm_lib.data.working_folder import publish, working_folder
+from internlm_lib.errors import InputError
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token files and what they hold."""
+    """Token files at a prefix, and how this call came by them."""
 
     prefix: Path
-    """Files are `<prefix>.bin` and `<prefix>.idx`."""
-    lengths: tuple[int, ...]
-    """Tokens of each document, special ones included, in file order."""
+    card: Card
+    unchanged: bool
+    """They were there already, made of the same inputs."""
+    resumed_documents: int
+    """Written by an earlier call, which was interrupted."""
+    resumed_tokens: int
+    seconds: float
+    """This call took."""
 
     @property
     def documents(self) -> int:
-        return len(self.lengths)
+        return self.card.counts.documents
 
     @property
     def tokens(self) -> int:
-        return sum(self.lengths)
+        return self.card.counts.tokens
 
-    @property
-    def mean_length(self) -> float:
-        return self.tokens / self.documents
+    def row_lengths(self) -> NDArray[numpy.int32]:
+        """Tokens of every row of the files, special ones included."""
+        return sequence_lengths(field_prefix(self.prefix, self.card.inputs.handler.kind))
 
-    def samples(self, seq_length: int) -> int:
-        """Training samples in one epoch: windows of seq_length tokens and the one that follows."""
-        return (self.tokens - 1) // seq_length
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the work is."""
+
+    documents: int
+    tokens: int
+    bytes_read: int
+    """Of the sources' files, as they lie on the disk."""
+    bytes_total: int
 
 
 def preprocess(
-    records: Iterable[Record],
-    tokenizer: Tokenizer,
+    sources: Sequence[Path],
     prefix: Path,
+    handler: Handler,
+    tokenizer: Tokenizer,
+    options: Options = DEFAULTS,
     *,
-    template: Template,
-    append_eod: bool = True,
     workers: int = 1,
+    force: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Corpus:
-    """Render, tokenise and write records as `<prefix>.bin` and `<prefix>.idx`.
+    """Write the token files of `indexed.corpus_files` and the card `<prefix>.json`.
 
     Args:
-        append_eod: close every document with `</s>`.
-        workers: threads that tokenise; the files do not depend on it.
+        sources: files, folders or globs; see `data.files`.
+        workers: processes that encode, this one included, which also reads and writes; for few
+            records it does it all.
+        force: do it again though nothing has changed.
     Raises:
-        InputError: there are no records.
+        InputError: sources, options or prefix cannot be used, or a record cannot, unless these are
+            counted.
+        KitError: the disk is full; the same call goes on from there. The prefix is as it was.
     """
-    lengths: list[int] = []
-    texts = (template.document(record) for record in records)
-    with indexed_writer(prefix, tokenizer.vocab_size) as writer:
-        for batch in _batches(texts):
-            for ids in tokenizer.encode_batch(
-                batch, add_bos=True, add_eos=append_eod, num_threads=workers
-            ):
-                writer.add_document(ids)
-                lengths.append(len(ids))
-        if not lengths:
-            raise InputError(f"{prefix}: there are no records to write")
-    return Corpus(prefix, tuple(lengths))
+    began = time.monotonic()
+    files = source_files(sources)
+    _check(files, prefix, handler, options)
+    stamps = _stamps(files)
+    inputs = describe_inputs(files, handler, tokenizer, options)
+    if not force and (card := _unchanged(prefix, inputs)):
+        return Corpus(prefix, card, True, 0, 0, time.monotonic() - began)
+    encoder, before = Encoder(handler, tokenizer, options.append_eod, options.on_damage), (0, 0)
+    with working_folder(prefix) as folder:
+        finished = None if force else finished_card(folder, prefix, inputs)
+        if finished is None:
+            with corpus_writer(folder, prefix, inputs, anew=force) as writer:
+                before = (writer.tally.documents, writer.tally.tokens)
+                finished = _write(writer, files, encoder, workers, on_progress)
+            if _stamps(files) != stamps:
+                raise InputError("a source was changed while it was read; preprocess it again")
+        publish(folder, prefix, finished)
+    return Corpus(prefix, finished, False, *before, time.monotonic() - began)
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    while batch := list(islice(texts, _BATCH)):
-        yield batch
+def _write(
+    writer: CorpusWriter,
+    files: Sequence[Path],
+    encoder: Encoder,
+    workers: int,
+    on_progress: Callable[[Progress], None] | None,
+) -> Card:
+    """Read, encode and append what is not written yet; finish the corpus."""
+    options, unreadable, needed = writer.inputs.options, Damage(), _needed(encoder.handler)
+    rows = read_rows(
+        files,
+        columns=options.columns,
+        only=needed,
+        on_damage=options.on_damage,
+        damage=unreadable,
+    )
+    position = Position(files)
+    source = islice(batches(rows, needed, position), writer.progress.batches, None)
+    documents, tokens = writer.tally.documents, writer.tally.tokens
+    for batch in encode_all(source, encoder, workers):
+        writer.add(batch)
+        documents += len(batch.documents.lengths)
+        tokens += len(batch.documents.ids)
+        if on_progress:
+            on_progress(Progress(documents, tokens, batch.position, position.total))
+    if on_progress:
+        on_progress(Progress(documents, tokens, position.total, position.total))
+    return writer.finish(unreadable, encoder.tokenizer.pieces)
+
+
+def _check(files: Sequence[Path], prefix: Path, handler: Handler, options: Options) -> None:
+    if options.pack_to and handler.kind != "instruction":
+        raise InputError(
+            f"pack_to = {options.pack_to}: handler {handler.name!r} makes pre-training text, whose "
+            "samples are cut from one long row in training anyway; leave it out"
+        )
+    if options.split_longer_than and handler.kind != "pretrain":
+        raise InputError(
+            f"split_longer_than = {options.split_longer_than}: handler {handler.name!r} makes "
+            "instruction data; with pack_to its long documents are split, too"
+        )
+    if unknown := set(options.columns) - set(_needed(handler)):
+        raise InputError(
+            f"columns: handler {handler.name!r} reads {', '.join(_needed(handler))}, "
+            f"not {', '.join(sorted(unknown))}"
+        )
+    targets = {p.resolve() for p in (*corpus_files(prefix, handler.kind), card_path(prefix))}
+    for file in files:
+        if file.resolve() in targets:
+            raise InputError(f"{prefix}: would overwrite the source {file}; give another prefix")
+
+
+def _needed(handler: Handler) -> tuple[str, ...]:
+    return (*handler.columns, *handler.optional_columns)
+
+
+def _unchanged(prefix: Path, inputs: Inputs) -> Card | None:
+    """The card of the corpus at a prefix, if that is whole and made of the same inputs."""
+    card = read_card(prefix)
+    if card is None or card.inputs_sha256 != inputs.sha256() or damaged_files(prefix, card):
+        return None
+    return card
+
+
+def _stamps(files: Sequence[Path]) -> list[tuple[int, int]]:
+    return [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, files)]

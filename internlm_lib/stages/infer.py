@@ -136,9 +136,7 @@ def _evenly_spread(stage: Stage) -> Iterator[Row]:
         stage.needs(sources[0], "01_prepare")
 
     def rows() -> Iterator[Row]:
-        return read_rows(
-            sources, columns=data.columns, on_damage=data.on_damage, damage=Damage()
-        )
+        return read_rows(sources, columns=data.columns, on_damage=data.on_damage, damage=Damage())
 
     # Twice through the files, so that those of any size are never held in memory.
     count = sum(1 for _ in rows())

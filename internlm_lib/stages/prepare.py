@@ -8,7 +8,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from internlm_lib.data.known_tokenizers import tokenizer_for
 from internlm_lib.data.pocket import make_pocket_world, write_pocket_world
 from internlm_lib.data.preprocess import Corpus, Progress, preprocess
 from internlm_lib.data.questions import read_subjects
-from internlm_lib.data.records import Damage, Row, read_rows
+from internlm_lib.data.records import Damage, RecordError, Row, read_rows
 from internlm_lib.data.tokenizer import Tokenizer, copy_tokenizer, train_tokenizer
 from internlm_lib.data.usage import part_rows
 from internlm_lib.errors import InputError
@@ -47,8 +47,6 @@ class Records:
     handler: str
     counts: tuple[int, ...]
     """Records of each source that could be read."""
-    damage: Damage = field(default_factory=Damage)
-    """What could not, with `data.on_damage: count`."""
 
     @property
     def count(self) -> int:
@@ -56,7 +54,7 @@ class Records:
 
     def rows(self) -> Iterator[Row]:
         for source in self.sources:
-            yield from _read(source, self.options, Damage())
+            yield from _read(source, self.options)
 
 
 @dataclass(frozen=True)
@@ -103,13 +101,11 @@ def gather_records(stage: Stage) -> Records:
     shutil.rmtree(folder.questions, ignore_errors=True)  # an earlier execution's, maybe
     if not data.train_path and not data.blend:
         write_pocket_world(make_pocket_world(data.pocket_seed), folder.data)
-    options = Options(
-        append_eod=data.append_eod, on_damage=data.on_damage, columns=data.columns
-    )
-    sources, damage = sources_of(data, folder), Damage()
-    counts = tuple(sum(1 for _ in _read(source, options, damage)) for source in sources)
+    options = Options(append_eod=data.append_eod, on_damage=data.on_damage, columns=data.columns)
+    sources = sources_of(data, folder)
+    counts = tuple(sum(1 for _ in _read(source, options)) for source in sources)
     stage.tags({"data/records_sha256": _sha256_of_sources(sources)})
-    return Records(tuple(sources), options, data.handler, counts, damage)
+    return Records(tuple(sources), options, data.handler, counts)
 
 
 def source_rows(records: Records) -> list[dict[str, Any]]:
@@ -127,16 +123,12 @@ def source_rows(records: Records) -> list[dict[str, Any]]:
 
 
 def record_rows(records: Records) -> list[dict[str, Any]]:
-    """The first records, as table rows."""
+    """The first records, as table rows: of a built-in handler for text the columns it reads."""
+    read = _columns_read(records.handler)
     return [
-        {name: _shortened(value) for name, value in row.values.items()}
+        {name: _shortened(value) for name, value in row.values.items() if not read or name in read}
         for row in islice(records.rows(), _SAMPLES)
     ]
-
-
-def damage_rows(records: Records) -> list[dict[str, Any]]:
-    """The first records that were left out, as table rows; none if none was."""
-    return [{"left out": message} for message in records.damage.first]
 
 
 def gather_questions(stage: Stage) -> Questions:
@@ -199,9 +191,8 @@ def show_examples(records: Records, tokenizer: Tokenizer) -> list[Example]:
     Raises InputError if there is no such handler, or a record is not one of its.
     """
     made = handler(records.handler, tokenizer)
-    return examples(
-        [source.path for source in records.sources], made, tokenizer, records.options
-    )
+    paths = [source.path for source in records.sources]
+    return examples(paths, made, tokenizer, records.options, count=_SAMPLES)
 
 
 def write_corpus(
@@ -254,12 +245,18 @@ def count_rows(stage: Stage, made: Made, tokenizer: Tokenizer) -> list[dict[str,
             "longest document": part.card.lengths.longest,
             "pieces used": f"{part.card.tokens.used_share:.1%} of {tokenizer.vocab_size:,}",
             "bytes per token": _bytes_per_token(part),
-            "unchanged": "yes" if part.unchanged else "no",
+            "written": "before, unchanged" if part.unchanged else "now",
         }
         for part in made.parts
     ]
     stage.table("corpus", rows)
     return rows
+
+
+def damage_rows(made: Made) -> list[dict[str, Any]]:
+    """The first records that were left out and why, as table rows; a single row if none was."""
+    messages = [message for part in made.parts for message in part.card.damage]
+    return [{"left out": message} for message in messages or ["none"]]
 
 
 def usage_rows(stage: Stage, made: Made) -> list[dict[str, Any]]:
@@ -359,9 +356,10 @@ def run(stage: Stage) -> dict[str, Any]:
     return summarize(made, tokenizer, questions)
 
 
-def _read(source: Source, options: Options, damage: Damage) -> Iterator[Row]:
+def _read(source: Source, options: Options) -> Iterator[Row]:
+    """What can be read; what cannot is counted when it is written."""
     return read_rows(
-        [source.path], columns=options.columns, on_damage=options.on_damage, damage=damage
+        [source.path], columns=options.columns, on_damage=options.on_damage, damage=Damage()
     )
 
 
@@ -399,10 +397,27 @@ def _texts(records: Records) -> Iterator[str]:
     return _documents(records)
 
 
+def _columns_read(name: str) -> tuple[str, ...]:
+    """Of a handler that needs no tokenizer to be made; else none."""
+    if name not in HANDLERS or name.startswith("conversation"):
+        return ()
+    made = _templates(name)
+    return (*made.columns, *made.optional_columns)
+
+
+def _templates(name: str) -> Handler:
+    """A built-in handler that renders text: it does not look at the tokenizer."""
+    return HANDLERS[name](None)  # type: ignore[arg-type]
+
+
 def _documents(records: Records) -> Iterator[str]:
-    made: Any = HANDLERS[records.handler](None)  # type: ignore[arg-type]  # templates need none
+    made = _templates(records.handler)
     for row in records.rows():
-        yield "".join(span.text for span in made.document(row))
+        try:
+            yield "".join(span.text for span in made.document(row))
+        except RecordError:
+            if records.options.on_damage == "stop":
+                raise
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -418,9 +433,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _sha256_of_sources(sources: Sequence[Source]) -> str:
     """Of one source what it always was, its file's or folder's own; of several all together."""
-    return _joined(
-        sha256_of(file) for source in sources for file in source_files([source.path])
-    )
+    return _joined(sha256_of(file) for source in sources for file in source_files([source.path]))
 
 
 def _joined(hashes: Iterator[str]) -> str:

@@ -136,7 +136,6 @@ class PretrainDataset(GPTDataset):
         self._block = 0
         key = {
             "order": "megatron-core GPTDataset" if self._plan.blocks == 1 else "blocks of epochs",
-            "epochs": self._plan.epochs,
             "content_sha256": content_sha256(token_files(prefix), Path(f"{prefix}.json"), cache),
             "documents": [int(self.indices[0]), int(self.indices[-1]) + 1],
             "seed": self.config.random_seed,

@@ -52,7 +52,7 @@ def prompt_of(handler: Handler, row: Row, tokenizer: Tokenizer) -> Prompt:
         asked = list(takewhile(lambda span: not span.trained, spans))
         answer = list(takewhile(lambda span: span.trained, spans[len(asked) :]))
         text = span_text(asked, tokenizer)
-        return Prompt(text, text, span_text(answer, tokenizer))
+        return Prompt(text, text, "".join(span.text for span in answer))
     words = span_text(spans, tokenizer).split(" ")
     beginning, rest = " ".join(words[:_WORDS]), " ".join(words[_WORDS:])
     return Prompt(beginning, beginning, f" {rest}" if rest else "")

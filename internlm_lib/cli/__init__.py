@@ -7,7 +7,7 @@ on request after saving. Heavy imports are inside the commands, so that `--help`
 
 import typer
 
-from internlm_lib.cli import checkpoints, comparison, machines, published, stages, tracking
+from internlm_lib.cli import checkpoints, comparison, data, machines, published, stages, tracking
 
 app = typer.Typer(
     help="Reproduce InternLM training on NPUs, GPUs or a plain CPU, and prove what came out.",
@@ -22,6 +22,7 @@ for command in (
     machines.selftest,
     stages.run,
     stages.prepare,
+    data.preprocess,
     stages.convert_stage,
     stages.train,
     machines.launch,

@@ -29,7 +29,7 @@ def preprocess(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; by default one per CPU.")
+        int | None, typer.Option(min=1, help="Documents encoded at a time; by default one per CPU.")
     ] = None,
     columns: Annotated[
         str | None,

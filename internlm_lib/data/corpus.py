@@ -1,8 +1,7 @@
 """A corpus in the making: files that grow, and what they hold so far.
 
-A journal says what has been committed. The same work, started again, cuts the files back to the last
-commit and goes on; other work starts anew. Batches are written in segments of so many, and documents
-are packed within one: a corpus does not depend on when it was committed.
+A journal says what has been committed. The same work, started again, cuts the files back to the
+last commit and goes on; other work starts anew.
 """
 
 import time
@@ -47,7 +46,8 @@ from internlm_lib.errors import InputError
 from internlm_lib.files import read_json, sha256_of, sync, write_json
 from internlm_lib.journal import Journal, events
 
-_SEGMENT_BATCHES = 32
+_PACKED_BATCHES = 64
+"""So many are packed together."""
 _COMMIT_SECONDS = 5.0
 _LISTED = 20
 _BLOCK = 1 << 20
@@ -82,8 +82,7 @@ class Tally:
         elif name == "rows":
             self.rows += len(values)
         elif name == "documents":
-            lengths, numbers = numpy.unique(values, return_counts=True)
-            self.lengths.update(dict(zip(lengths.tolist(), numbers.tolist(), strict=True)))
+            self.lengths.update(values.tolist())
         elif name == "packing":
             self.pieces += len(values) // PIECE_NUMBERS
 
@@ -153,10 +152,11 @@ class CorpusWriter:
         )
 
     def add(self, batch: EncodedBatch) -> None:
-        """Append a batch; a segment's are written at once, and committed every few seconds."""
+        """Append a batch; every few seconds all of them are committed."""
         self._held.append(batch)
-        if len(self._held) == _SEGMENT_BATCHES:
-            self._write_segment()
+        # What is packed together must not depend on when that is.
+        if not self.inputs.options.pack_to or len(self._held) == _PACKED_BATCHES:
+            self._write_held()
             if time.monotonic() - self._since >= _COMMIT_SECONDS:
                 self._commit()
 
@@ -169,7 +169,7 @@ class CorpusWriter:
         Raises:
             InputError: there is not one document.
         """
-        self._write_segment()
+        self._write_held()
         self._commit()
         damage = [*unreadable.first, *self.progress.damage]
         if not self.tally.rows:
@@ -199,7 +199,7 @@ class CorpusWriter:
         for file in self._files.values():
             file.close()
 
-    def _write_segment(self) -> None:
+    def _write_held(self) -> None:
         progress, held = self.progress, self._held
         if any(len(batch.documents.lengths) for batch in held):
             self._append(joined([batch.documents for batch in held]))

@@ -1,40 +1,30 @@
-"""Rows → token ids, by several processes at once, the results in the order of the rows.
+"""Rows → token ids, by several workers at once, the results in the order of the rows.
 
-This process reads the rows, sends them in batches to the others, and encodes those that would have
-to wait. What a batch holds depends on the rows alone, and few are on their way at a time, so that
-memory stays bounded. Only this process reads: that is a small part of the work, so that it can feed
-many others, and few kinds of files could be read from the middle.
+Rows are handed out in batches. What a batch holds depends on the rows alone, and few are on their
+way at a time, so that memory stays bounded. This process alone reads: that is a small part of the
+work, so that it can feed many others, and few kinds of files could be read from the middle.
 """
 
-import multiprocessing
-import os
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy
 
 from internlm_lib.data.documents import IGNORED, Part, Span, encode_parts
-from internlm_lib.data.handlers import Handler
+from internlm_lib.data.handlers import HANDLERS, Handler
 from internlm_lib.data.packing import Documents
 from internlm_lib.data.records import OnDamage, RecordError, Row
 from internlm_lib.data.tokenizer import Tokenizer
-from internlm_lib.errors import InputError, WorkerError
-from internlm_lib.processes import die_with
+from internlm_lib.data.workers import Workers
+from internlm_lib.errors import InputError
 
-_BATCH_ROWS = 500
+_BATCH_ROWS = 250
 _BATCH_CHARACTERS = 1 << 20
-_SENT_AHEAD = 2
-"""Batches that every other process has to do, so that it never waits."""
-_AT_MOST_HELD = 4
-"""Batches per process that are sent or done, and wait for an earlier one."""
-_BATCHES_ALONE = 4
-"""So few batches are encoded sooner than a process is started."""
+_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -68,6 +58,10 @@ class Encoder:
     tokenizer: Tokenizer
     append_eod: bool = True
     on_damage: OnDamage = "stop"
+
+    def load(self) -> None:
+        """Load now what is loaded when it is first needed."""
+        encode_parts([[Span("a")]], self.tokenizer, append_eod=True)
 
     def encode(self, batch: Batch) -> EncodedBatch:
         """Raises InputError for the first row that cannot be used, unless these are counted, and
@@ -150,74 +144,34 @@ def batches(
         yield Batch(values, where, position(), failure)
 
 
-def encode_all(source: Iterable[Batch], encoder: Encoder, workers: int) -> Iterator[EncodedBatch]:
-    """Encode batches in up to `workers` processes, of which this is one; the results are the same.
+def encode_all(
+    source: Iterable[Batch], encoder: Encoder, workers: int, *, most_processes: int
+) -> Iterator[EncodedBatch]:
+    """Encode `workers` batches at a time; the results do not depend on their number.
+
+    Handlers of the kit's take so little time that four threads of one process do not wait for each
+    other; each worker has a process of its own where it may be otherwise.
 
     Raises:
         InputError: a row that cannot be used, or the source's failure.
         WorkerError: another process was killed.
     """
-    source = iter(source)
-    first = list(islice(source, _BATCHES_ALONE))
-    source = chain(first, source)
-    if workers > 1 and len(first) == _BATCHES_ALONE:
-        return _encode_together(source, encoder, workers - 1)
-    return map(encoder.encode, source)
-
-
-def _encode_together(
-    source: Iterable[Batch], encoder: Encoder, others: int
-) -> Iterator[EncodedBatch]:
-    pool = ProcessPoolExecutor(
-        others,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(os.getpid(), encoder),
-    )
+    threads = min(workers, _THREADS) if encoder.handler.name in HANDLERS else 1
+    processes = min(-(-workers // threads), most_processes)
+    encoder.load()
+    pool = Workers(encoder, threads=threads, processes=processes)
     held: deque[Future[EncodedBatch]] = deque()
     try:
         for batch in source:
-            if sum(not future.done() for future in held) < _SENT_AHEAD * others:
-                held.append(pool.submit(_encode_batch, batch))
-            else:
-                held.append(_encoded_here(encoder, batch))
-            while held and (held[0].done() or len(held) > _AT_MOST_HELD * (others + 1)):
+            while not (future := pool.submit(batch)):
+                yield held.popleft().result()
+            held.append(future)
+            while held and (held[0].done() or len(held) > 2 * pool.capacity):
                 yield held.popleft().result()
         while held:
             yield held.popleft().result()
-    except BrokenProcessPool as error:
-        raise WorkerError(
-            "a process that encodes was killed, perhaps for want of memory: fewer --workers need "
-            "less; the same command goes on from here"
-        ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _encoded_here(encoder: Encoder, batch: Batch) -> Future[EncodedBatch]:
-    """As if by another process: an error is raised when it is the batch's turn."""
-    future: Future[EncodedBatch] = Future()
-    try:
-        future.set_result(encoder.encode(batch))
-    except InputError as error:
-        future.set_exception(error)
-    return future
-
-
-_encoder: Encoder | None = None
-"""That of a worker process."""
-
-
-def _start_worker(parent: int, encoder: Encoder) -> None:
-    global _encoder
-    die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all, and the parent decides
-    _encoder = encoder
-
-
-def _encode_batch(batch: Batch) -> EncodedBatch:
-    assert _encoder is not None
-    return _encoder.encode(batch)
+        pool.close()
 
 
 def _characters(value: Any) -> int:

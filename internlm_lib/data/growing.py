@@ -25,7 +25,7 @@ class GrowingFile:
 
     def append(self, values: NDArray) -> None:
         """Write numbers that the dtype holds. Raises OSError; what was written of them is void."""
-        data = memoryview(values.astype(self.dtype, copy=False).tobytes())
+        data = numpy.ascontiguousarray(values, self.dtype).data.cast("B")
         self._digest.update(data)
         self._bytes += len(data)
         while data:

@@ -23,8 +23,11 @@ from internlm_lib.data.inputs import DEFAULTS, Inputs, Options, describe_inputs
 from internlm_lib.data.position import Position
 from internlm_lib.data.records import Damage, read_rows
 from internlm_lib.data.tokenizer import Tokenizer
-from internlm_lib.data.working_folder import publish, working_folder
+from internlm_lib.data.working_folder import publish, remove_working_folder, working_folder
 from internlm_lib.errors import InputError
+
+_BYTES_PER_PROCESS = 1 << 20
+"""Of the sources; for fewer another process would hardly be started before all is done."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ def preprocess(
 
     Args:
         sources: files, folders or globs; see `data.files`.
-        workers: processes that encode, this one included, which also reads and writes; for few
-            records it does it all.
+        workers: how many batches are encoded at a time, by threads and processes (see
+            `encoding.encode_all`); this process also reads and writes.
         force: do it again though nothing has changed.
     Raises:
         InputError: sources, options or prefix cannot be used, or a record cannot, unless these are
@@ -94,6 +97,7 @@ def preprocess(
     stamps = _stamps(files)
     inputs = describe_inputs(files, handler, tokenizer, options)
     if not force and (card := _unchanged(prefix, inputs)):
+        remove_working_folder(prefix)
         return Corpus(prefix, card, True, 0, 0, time.monotonic() - began)
     encoder, before = Encoder(handler, tokenizer, options.append_eod, options.on_damage), (0, 0)
     with working_folder(prefix) as folder:
@@ -127,7 +131,8 @@ def _write(
     position = Position(files)
     source = islice(batches(rows, needed, position), writer.progress.batches, None)
     documents, tokens = writer.tally.documents, writer.tally.tokens
-    for batch in encode_all(source, encoder, workers):
+    most = 1 + position.total // _BYTES_PER_PROCESS
+    for batch in encode_all(source, encoder, workers, most_processes=most):
         writer.add(batch)
         documents += len(batch.documents.lengths)
         tokens += len(batch.documents.ids)

@@ -33,7 +33,7 @@ def working_folder(prefix: Path) -> Iterator[Path]:
         InputError: it cannot be written, or another process works there.
         KitError: the disk is full.
     """
-    folder = prefix.with_name(f".{prefix.name}.preprocessing")
+    folder = _folder(prefix)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
@@ -45,6 +45,13 @@ def working_folder(prefix: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
     except OSError as error:
         raise _told(error, folder) from error
+
+
+def remove_working_folder(prefix: Path) -> None:
+    """Remove what a process left that was killed when all was done. Raises as `working_folder`."""
+    if _folder(prefix).exists():
+        with working_folder(prefix):
+            pass
 
 
 def clear(folder: Path) -> None:
@@ -70,6 +77,10 @@ def publish(folder: Path, prefix: Path, card: Card) -> None:
     sync(prefix.parent, recursive=False)
     (folder / card_path(prefix).name).replace(card_path(prefix))
     sync(prefix.parent, recursive=False)
+
+
+def _folder(prefix: Path) -> Path:
+    return prefix.with_name(f".{prefix.name}.preprocessing")
 
 
 def _names_of_earlier(prefix: Path) -> set[str]:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internlm_lib.data.packing import IGNORED, Documents, Rows, first_fit, pack, split
+from internlm_lib.data.documents import IGNORED
+from internlm_lib.data.packing import PIECE_NUMBERS, Documents, Rows, first_fit, pack, split
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
@@ -40,19 +41,20 @@ def test_packing_trains_what_the_documents_train(lengths: list[int], longest: in
 def test_pieces_say_what_a_row_holds(lengths: list[int], longest: int) -> None:
     documents = documents_of(lengths)
     rows = pack(documents, longest, first_number=70)
-    assert rows.pieces is not None and rows.row_pieces is not None and rows.labels is not None
-    assert rows.row_pieces.sum() == len(rows.pieces)
-    stored = parts(rows.ids, rows.pieces[:, 2])
+    assert rows.pieces is not None and rows.row_numbers is not None and rows.labels is not None
+    assert rows.row_numbers.sum() == len(rows.pieces)
+    pieces = rows.pieces.reshape(-1, PIECE_NUMBERS)
+    stored = parts(rows.ids, pieces[:, 2])
     whole: dict[int, list[int]] = {}
-    for (number, start, length), piece in sorted(zip(rows.pieces.tolist(), stored, strict=True)):
+    for (number, start, length), piece in sorted(zip(pieces.tolist(), stored, strict=True)):
         assert len(piece) == length
         known = whole.setdefault(number - 70, [])
         assert start == max(len(known) - 1, 0) and known[-1:] in ([], piece[:1])  # overlap by one
         known += piece[1:] if known else piece
     given_documents = parts(documents.ids, documents.lengths)
     assert [whole[number] for number in range(len(lengths))] == given_documents
-    tokens = rows.pieces[:, 2]
-    row_starts = rows.row_pieces.cumsum() - rows.row_pieces
+    tokens, per_row = pieces[:, 2], rows.row_numbers // PIECE_NUMBERS
+    row_starts = per_row.cumsum() - per_row
     assert numpy.add.reduceat(tokens, row_starts).tolist() == rows.lengths.tolist()
     first_labels = rows.labels[tokens.cumsum() - tokens]
     assert set(first_labels.tolist()) == {IGNORED}

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from internlm_lib.data.pocket import PocketWorld, make_pocket_world, write_pocket_world
-from internlm_lib.data.prompts import template
+from internlm_lib.data.prompts import TEMPLATES
 from internlm_lib.data.questions import Question, read_subjects
 from internlm_lib.data.records import read_records
 from internlm_lib.files import sha256_of
@@ -50,7 +50,7 @@ def test_text_column_is_rendered_as_in_the_published_data_set(tmp_path: Path) ->
 
 
 def test_no_question_is_in_the_training_text(world: PocketWorld) -> None:
-    rendered = (template("question_answer").document(record) for record in world.records)
+    rendered = (TEMPLATES["question_answer"].document(record) for record in world.records)
     text = "\n".join(rendered).lower()
     assert not [q.text for q in all_questions(world) if q.text.lower() in text]
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import json
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from internlm_lib.data.indexed import DtypeChoice, Kind
 from internlm_lib.data.records import OnDamage
 from internlm_lib.data.tokenizer import Tokenizer
 from internlm_lib.errors import InputError
-from internlm_lib.files import sha256_of
+from internlm_lib.files import sha256_of, sha256_of_json
 
 _HASHING_THREADS = 4
 
@@ -85,7 +84,7 @@ class Inputs(Part):
         values = self.model_dump(
             mode="json", exclude={"sources": {"__all__": {"path"}}, "tokenizer": {"path"}}
         )
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return sha256_of_json(values)
 
 
 def options_of(**values: Any) -> Options:

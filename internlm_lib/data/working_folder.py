@@ -64,7 +64,8 @@ def clear(folder: Path) -> None:
 def publish(folder: Path, prefix: Path, card: Card) -> None:
     """Move a whole corpus to its place; does the rest where that was interrupted.
 
-    An earlier card goes first, with the files that only it names, and the new one comes last.
+    An earlier card goes first, with the files that only it names, and the new one comes last, and
+    is newer than they are: it then vouches for them (see `fingerprint`).
     """
     names = [file.name for file in card.files]
     for name in _names_of_earlier(prefix) - set(names):
@@ -75,6 +76,7 @@ def publish(folder: Path, prefix: Path, card: Card) -> None:
         if (folder / name).exists():
             (folder / name).replace(prefix.with_name(name))
     sync(prefix.parent, recursive=False)
+    os.utime(folder / card_path(prefix).name)
     (folder / card_path(prefix).name).replace(card_path(prefix))
     sync(prefix.parent, recursive=False)
 

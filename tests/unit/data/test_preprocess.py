@@ -274,7 +274,7 @@ class Own:
             (self.others / str(os.getpid())).touch()
             if self.fault == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
-        elif self.fault and not any(self.others.iterdir()):
+        elif self.fault not in ("", "error") and not any(self.others.iterdir()):
             time.sleep(0.02)  # so that something is left to do for others
         if "13" in text:
             raise RecordError(f"{row.where}: 13 brings bad luck")

@@ -11,6 +11,7 @@ import pytest
 
 from internlm_lib.data import encoding
 from internlm_lib.data.card import card_path, read_card
+from internlm_lib.data.fingerprint import content_sha256
 from internlm_lib.data.handlers import handler
 from internlm_lib.data.indexed import corpus_files
 from internlm_lib.data.inputs import Options
@@ -125,6 +126,17 @@ def test_a_file_of_somebody_elses_is_not_overwritten(make: Make, tmp_path: Path)
     with pytest.raises(InputError, match="c.json: not a dataset card"):
         make()
     assert card_path(tmp_path / "c").read_text() == '{"mine": true}'
+
+
+def test_the_card_vouches_for_the_files(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = make().card
+    read = []
+    monkeypatch.setattr("internlm_lib.data.fingerprint.sha256_of", read.append)
+    files = [tmp_path / file.name for file in card.files]
+    content_sha256(files, card_path(tmp_path / "c"), tmp_path / "notes")
+    assert read == []  # none of them is older than its card
 
 
 # --- interrupted ---------------------------------------------------------------------------------

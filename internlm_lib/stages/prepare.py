@@ -18,15 +18,16 @@ from internlm_lib.data.chat import MARKERS
 from internlm_lib.data.corpora import Corpora, Source, plan_corpora, record_corpora, sources_of
 from internlm_lib.data.examples import Example, examples
 from internlm_lib.data.files import source_files
-from internlm_lib.data.handlers import HANDLERS, Handler, handler
+from internlm_lib.data.handlers import Handler, handler
 from internlm_lib.data.indexed import corpus_files, field_prefix, read_documents
 from internlm_lib.data.inputs import Options
 from internlm_lib.data.known_tokenizers import tokenizer_for
 from internlm_lib.data.pocket import make_pocket_world, write_pocket_world
 from internlm_lib.data.preprocess import Corpus, Progress, preprocess
 from internlm_lib.data.questions import read_subjects
-from internlm_lib.data.records import Damage, RecordError, Row, read_rows
+from internlm_lib.data.records import Damage, Row, read_rows
 from internlm_lib.data.tokenizer import Tokenizer, copy_tokenizer, train_tokenizer
+from internlm_lib.data.tokenizer_texts import text_handler, texts_to_train_on
 from internlm_lib.data.usage import part_rows
 from internlm_lib.errors import InputError
 from internlm_lib.files import sha256_of
@@ -124,7 +125,8 @@ def source_rows(records: Records) -> list[dict[str, Any]]:
 
 def record_rows(records: Records) -> list[dict[str, Any]]:
     """The first records, as table rows: of a built-in handler for text the columns it reads."""
-    read = _columns_read(records.handler)
+    made = text_handler(records.handler)
+    read = (*made.columns, *made.optional_columns) if made else ()
     return [
         {name: _shortened(value) for name, value in row.values.items() if not read or name in read}
         for row in islice(records.rows(), _SAMPLES)
@@ -165,7 +167,8 @@ def make_tokenizer(stage: Stage, records: Records) -> Tokenizer:
     rows, preset = stage.experiment.model.vocab_size, stage.experiment.model.preset
     if model is None:
         chats = records.handler == "conversation"
-        tokenizer = train_tokenizer(_texts(records), rows, target, markers=MARKERS if chats else ())
+        texts = texts_to_train_on(records.rows(), records.handler, records.options.on_damage)
+        tokenizer = train_tokenizer(texts, rows, target, markers=MARKERS if chats else ())
     else:
         given = tokenizer_for(stage.folder.root / model, vocab_size=rows, preset=preset)
         tokenizer = copy_tokenizer(given.path, target)
@@ -379,56 +382,6 @@ def _write_part(
         [source.path], prefix, made, tokenizer, options,
         workers=os.cpu_count() or 1, on_progress=tell,
     )  # fmt: skip
-
-
-def _texts(records: Records) -> Iterator[str]:
-    """What a tokenizer is trained on: the texts that the handler makes, or, where a handler needs a
-    tokenizer to make any, all texts of the records.
-
-    Raises InputError for a handler of somebody else's, which is made with a tokenizer.
-    """
-    if records.handler not in HANDLERS:
-        raise InputError(
-            f"data.handler = {records.handler!r} is made with a tokenizer, so that none can be "
-            "trained on what it makes; give data.tokenizer_model"
-        )
-    if records.handler.startswith("conversation"):
-        return (text for row in records.rows() for text in _strings(row.values))
-    return _documents(records)
-
-
-def _columns_read(name: str) -> tuple[str, ...]:
-    """Of a handler that needs no tokenizer to be made; else none."""
-    if name not in HANDLERS or name.startswith("conversation"):
-        return ()
-    made = _templates(name)
-    return (*made.columns, *made.optional_columns)
-
-
-def _templates(name: str) -> Handler:
-    """A built-in handler that renders text: it does not look at the tokenizer."""
-    return HANDLERS[name](None)  # type: ignore[arg-type]
-
-
-def _documents(records: Records) -> Iterator[str]:
-    made = _templates(records.handler)
-    for row in records.rows():
-        try:
-            yield "".join(span.text for span in made.document(row))
-        except RecordError:
-            if records.options.on_damage == "stop":
-                raise
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from _strings(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _strings(part)
 
 
 def _sha256_of_sources(sources: Sequence[Source]) -> str:

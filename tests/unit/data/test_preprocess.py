@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -255,6 +256,31 @@ def test_a_corpus_of_damaged_records_alone_is_an_error(
     with pytest.raises(InputError, match="no document to write; .* damaged record: .*line "):
         preprocess([source], tmp_path / "c", handler("alpaca", tokenizer), tokenizer, options)
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
+
+
+class BadIds:
+    """A handler that gives ids which no tokenizer has."""
+
+    name, kind = "bad ids", "pretrain"
+    columns, optional_columns = ("instruction",), ()
+
+    def document(self, row: Row) -> Sequence[Span]:
+        text = row.values["instruction"]
+        return [Span(text), Span(ids=(10**6,))] if "plus 150" in text else [Span(text)]
+
+
+def test_what_cannot_be_encoded_is_damage_of_its_record(
+    source: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    message = f"{source}, line 150: .*1000000"
+    with pytest.raises(InputError, match=message):
+        preprocess([source], tmp_path / "c", BadIds(), tokenizer)
+    options = Options(on_damage="count")
+    corpus = preprocess([source], tmp_path / "c", BadIds(), tokenizer, options)
+    assert corpus.card.counts.damaged == 1 and re.match(message, corpus.card.damage[0])
+    assert corpus.documents == len(RECORDS) - 1
+    (before,) = read_documents(corpus.prefix, [148])
+    assert tokenizer.decode(before[1:-1]) == RECORDS[148]["instruction"]
 
 
 class Own:

@@ -1,5 +1,6 @@
 """Work that is done is not done twice, and what was interrupted goes on to the same files."""
 
+import errno
 import fcntl
 import json
 import shutil
@@ -17,7 +18,7 @@ from internlm_lib.data.indexed import corpus_files
 from internlm_lib.data.inputs import Options
 from internlm_lib.data.preprocess import Corpus, Progress, preprocess
 from internlm_lib.data.tokenizer import Tokenizer, train_tokenizer
-from internlm_lib.errors import InputError
+from internlm_lib.errors import InputError, KitError
 
 RECORDS = [{"instruction": f"What is {n} plus {n}?", "output": str(2 * n)} for n in range(1000)]
 PACKED = Options(pack_to=100)
@@ -190,6 +191,31 @@ def test_what_is_damaged_meanwhile_is_made_anew(
     resumed = make()
     assert resumed.resumed_documents == 0
     assert contents(resumed) == contents(whole)
+
+
+def test_what_was_written_after_the_last_commit_is_cut_off(make: Make, tmp_path: Path) -> None:
+    whole = make("whole")
+    with pytest.raises(Interruption):
+        make(on_progress=stop_at(350))
+    for path in (tmp_path / ".c.preprocessing").iterdir():
+        if path.suffix not in (".json", ".jsonl"):
+            path.write_bytes(path.read_bytes() + bytes(1000))
+    resumed = make()
+    assert resumed.resumed_documents == 300
+    assert contents(resumed) == contents(whole)
+
+
+def test_a_disk_that_is_full_at_the_end_costs_nothing(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("internlm_lib.data.corpus._COMMIT_SECONDS", 1e9)
+    with monkeypatch.context() as patch, pytest.raises(KitError, match="no space left"):
+        patch.setattr("internlm_lib.data.corpus.write_index", full)
+        make()
+    assert make().resumed_documents == len(RECORDS)
 
 
 def test_other_work_starts_anew(make: Make) -> None:

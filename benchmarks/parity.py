@@ -29,9 +29,9 @@ from internlm_lib.data.handlers import handler
 from internlm_lib.data.inputs import Options
 from internlm_lib.data.pocket import make_pocket_world, write_pocket_world
 from internlm_lib.data.preprocess import preprocess
-from internlm_lib.data.prompts import template
-from internlm_lib.data.records import read_records
+from internlm_lib.data.records import read_rows
 from internlm_lib.data.tokenizer import train_tokenizer
+from internlm_lib.data.tokenizer_texts import texts_to_train_on
 from internlm_lib.experiment.load import load_experiment, save_experiment
 from internlm_lib.experiment.schema import Experiment, Layout
 from internlm_lib.files import write_json
@@ -192,12 +192,11 @@ def make_run(root: Path, steps: int, **overrides: Any) -> RunFolder:
 def _write_corpus(folder: RunFolder, experiment: Experiment) -> None:
     data = experiment.data
     write_pocket_world(make_pocket_world(data.pocket_seed), folder.data)
-    path, form = folder.data / "records.parquet", template(data.prompt_template)
-    texts = map(form.document, read_records(path))
+    texts = texts_to_train_on(read_rows([folder.pocket_records]), data.handler)
     tokenizer = train_tokenizer(texts, experiment.model.vocab_size, folder.tokenizer)
-    made = handler(data.prompt_template, tokenizer)
+    made = handler(data.handler, tokenizer)
     options = Options(append_eod=data.append_eod)
-    preprocess([path], folder.corpus_prefix, made, tokenizer, options)
+    preprocess([folder.pocket_records], folder.corpus_prefix, made, tokenizer, options)
 
 
 def train_layouts(

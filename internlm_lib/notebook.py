@@ -3,8 +3,9 @@
 import html
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,16 @@ if TYPE_CHECKING:
     from IPython.display import DisplayHandle, Image
     from pandas import DataFrame
 
+    from internlm_lib.data.examples import Example
+
 _SECONDS_BETWEEN_LINES = 10.0
 _NUMBER = "text-align:right;font-variant-numeric:tabular-nums"
 _TEXT = "text-align:left;white-space:pre-wrap;overflow-wrap:break-word"
+_DOCUMENT = "font-family:monospace;line-height:1.7;margin:0;max-width:52em;overflow-wrap:anywhere"
+_PIECE_COLOURS = ("#cfe2f3", "#fce5a8")
+"""Light blue and light orange: told apart with any colour vision, black on them readable."""
+_READ_COLOUR = "#d9d9d9"
+_SHOWN_PIECES = 200
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,47 @@ def table(rows: "Sequence[Mapping[str, Any]] | DataFrame", caption: str = "") ->
     columns = list(dict.fromkeys(str(key) for row in rows for key in row))
     values = tuple(tuple(row.get(column) for column in columns) for row in rows)
     return Table(tuple(name.replace("_", " ") for name in columns), values, caption)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Documents as the pieces that a model reads, shown in alternating colours in a notebook and
+    between bars elsewhere; pieces that are not trained are grey."""
+
+    examples: "Sequence[Example]"
+
+    def _repr_html_(self) -> str:
+        return "\n".join(
+            f"<p style='margin:1em 0 .3em'><b>{html.escape(Path(example.where).name)}</b></p>"
+            f"<p style='{_DOCUMENT}'>{''.join(_piece_spans(example))}</p>"
+            for example in self.examples
+        )
+
+    def __repr__(self) -> str:
+        return "\n\n".join(
+            f"{Path(example.where).name}\n"
+            + "|".join(map(_spelled, example.pieces[:_SHOWN_PIECES]))
+            for example in self.examples
+        )
+
+
+def pieces(examples: "Sequence[Example]") -> Pieces:
+    return Pieces(tuple(examples))
+
+
+def _piece_spans(example: "Example") -> Iterator[str]:
+    shown = zip(example.pieces, example.trained, strict=True)
+    for number, (piece, trained) in enumerate(islice(shown, _SHOWN_PIECES)):
+        colour = _PIECE_COLOURS[number % len(_PIECE_COLOURS)] if trained else _READ_COLOUR
+        text = html.escape(_spelled(piece)).replace("\\n", "↵<br>")
+        yield f'<span style="background:{colour};color:#111">{text}</span>'
+    if (rest := len(example.pieces) - _SHOWN_PIECES) > 0:
+        yield f" … and {rest:,} pieces"
+
+
+def _spelled(piece: str) -> str:
+    """A piece with its blanks and line breaks to be seen."""
+    return piece.replace("\n", "\\n")
 
 
 def show_settings(stage: Stage, sections: Sequence[str]) -> Table:

@@ -17,7 +17,7 @@ UNKNOWN = "unknown"
 _EXPERIMENT_SECTIONS = ("model", "data", "training", "optimizer")
 _HOW_NOT_WHAT = {
     "model": ("preset", "weights", "direct_start"),
-    "data": ("train_path", "tokenizer_model"),
+    "data": ("train_path", "blend", "columns", "tokenizer_model"),
     "training": (
         "deterministic_mode",
         "micro_batch_size",

@@ -80,6 +80,11 @@ class RunFolder:
         return self.path / "data"
 
     @property
+    def pocket_records(self) -> Path:
+        """The records of the pocket world, where the experiment brings none of its own."""
+        return self.data / "records.parquet"
+
+    @property
     def tokenizer(self) -> Path:
         return self.data / "tokenizer" / "tokenizer.model"
 

@@ -169,7 +169,9 @@ class ConversationHandler:
 HANDLERS: dict[str, Callable[[Tokenizer], PromptingHandler]] = {
     "pretrain": lambda _: TextHandler(),
     "alpaca": lambda _: TemplateHandler("alpaca", TEMPLATES["alpaca"]),
-    "alpaca_predecessor": lambda _: TemplateHandler("alpaca_predecessor", TEMPLATES["ascendspeed"]),
+    "alpaca_predecessor": lambda _: TemplateHandler(
+        "alpaca_predecessor", TEMPLATES["alpaca_predecessor"]
+    ),
     "question_answer": lambda _: TemplateHandler("question_answer", TEMPLATES["question_answer"]),
     "alpaca_instruction": lambda _: TemplateHandler(
         "alpaca_instruction", TEMPLATES["alpaca_instruction"], kind="instruction"

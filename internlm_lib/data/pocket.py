@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from internlm_lib.data.prompts import template
+from internlm_lib.data.prompts import TEMPLATES
 from internlm_lib.data.questions import LETTERS, Question, Subject, write_subjects
 from internlm_lib.data.records import Record
 from internlm_lib.files import atomic_path
@@ -254,7 +254,7 @@ def _write_parquet(records: Sequence[Record], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    alpaca = template("alpaca")
+    alpaca = TEMPLATES["alpaca"]
     rows = [
         {
             "instruction": record.instruction,

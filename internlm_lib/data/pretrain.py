@@ -1,15 +1,17 @@
 """Documents → samples of equal length, in megatron-core's order, for any number of epochs.
 
-The samples of a training are those of megatron-core's GPTDataset, document for document: all
-epochs' documents are shuffled together and laid one after another, cut into samples that overlap
-by one token, and these are shuffled again. Its index holds every document of every epoch, and
-building it takes five times that: 500000 steps of 256 samples of Alpaca would need 45 GiB. Hence
+The samples of a training are those of megatron-core's GPTDataset, token for token: all epochs'
+documents are shuffled together and laid one after another, cut into samples that overlap by one
+token, and these are shuffled again. Its index holds every document of every epoch, and building it
+takes 20 bytes for each: 500000 steps of 256 samples of Alpaca would need 40 GiB. Hence
 
-- the same arrays are made here in a fifth of the memory, and kept (`index_cache.py`);
+- the same arrays are made here with 4 bytes for each, and kept (`index_cache.py`);
 - an index that would have more than `MEGATRON_ENTRIES` entries is not made. The training then goes
   through blocks of epochs, each the whole GPTDataset of as many epochs as fit `BLOCK_ENTRIES`,
-  drawn when it is reached. Which of the two it is follows from the data, `seq_length` and the
-  number of samples alone, and is part of the order's hash.
+  drawn when it is reached, the first as Megatron would. Which of the two it is follows from the
+  data, `seq_length` and the number of samples alone, and is part of the order's hash.
+
+`benchmarks/index_build.py` measures all of this.
 """
 
 from dataclasses import dataclass
@@ -28,12 +30,13 @@ from internlm_lib.data.index_cache import Arrays, cached_index, index_sha256
 from internlm_lib.data.indexed import token_files
 
 MEGATRON_ENTRIES = 1 << 27
-"""Documents of all epochs and samples together, up to which the order is GPTDataset's: 12 s and
-0.7 GiB. Alpaca at 2048 tokens has as many for 8 million samples: the 65B recipe has 6.4 million."""
+"""Documents of all epochs and samples together, up to which the order is GPTDataset's; a single
+epoch's always is. Half a GiB, which rank 0 makes and all ranks of a machine share. Of Alpaca it is
+enough for 7 million samples of 2048 tokens; the predecessor's 65B recipe takes 6.4 million."""
 
 BLOCK_ENTRIES = 1 << 24
-"""Documents, or samples, of a block of epochs; more only if a single epoch has more: 1 s and
-70 MiB in every rank."""
+"""Documents, or samples, of a block of epochs; more only if a single epoch has more. Every rank has
+a block of its own: 64 MiB of documents."""
 
 _FINAL_EPOCH_APART = 0.80
 """Megatron's: a last epoch of which less is used is shuffled by itself."""
@@ -136,7 +139,6 @@ class PretrainDataset(GPTDataset):
         self._block = 0
         key = {
             "order": "megatron-core GPTDataset" if self._plan.blocks == 1 else "blocks of epochs",
-            "epochs": self._plan.epochs,
             "content_sha256": content_sha256(token_files(prefix), Path(f"{prefix}.json"), cache),
             "documents": [int(self.indices[0]), int(self.indices[-1]) + 1],
             "seed": self.config.random_seed,

@@ -2,7 +2,7 @@
 
 Sources: `alpaca` is the template of tatsu-lab/stanford_alpaca `train.py`, which puts the output
 directly after the response header (the data set's own `text` column has a newline there).
-`ascendspeed` is what AscendSpeed's AlpacaPretrainHandler trained on, byte for byte, oddities
+`alpaca_predecessor` is what AscendSpeed's AlpacaPretrainHandler trained on, byte for byte, oddities
 included; `alpaca_instruction` is the template of its GeneralInstructionHandler, for one turn.
 `question_answer` is the form in which stage 06 asks.
 """
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from internlm_lib.data.records import Record
-from internlm_lib.errors import InputError
 
 _ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. "
@@ -49,21 +48,13 @@ class Template:
         return prompt + self.joint + record.output + self.end
 
 
-def template(name: str) -> Template:
-    """The template called `name`. Raises InputError."""
-    if name not in TEMPLATES:
-        allowed = ", ".join(TEMPLATES)
-        raise InputError(f"data.prompt_template = {name!r}: allowed are {allowed}")
-    return TEMPLATES[name]
-
-
 def _alpaca(instruction: str, input_text: str) -> str:
     preamble = _ALPACA_PREAMBLE_WITH_INPUT if input_text else _ALPACA_PREAMBLE
     context = f"### Input:\n{input_text}\n\n" if input_text else ""
     return f"{preamble}\n\n### Instruction:\n{instruction}\n\n{context}### Response:"
 
 
-def _ascendspeed(instruction: str, input_text: str) -> str:
+def _alpaca_predecessor(instruction: str, input_text: str) -> str:
     # An empty input was rendered as the word None, right after the marks: kept, for equal tokens.
     context = f" Input:\n{input_text}" if input_text else "None"
     return (
@@ -87,7 +78,7 @@ def _question_answer(instruction: str, input_text: str) -> str:
 
 TEMPLATES: dict[str, Template] = {
     "alpaca": Template(_alpaca, joint=""),
-    "ascendspeed": Template(_ascendspeed, joint=" "),
+    "alpaca_predecessor": Template(_alpaca_predecessor, joint=" "),
     "question_answer": Template(_question_answer, joint=" "),
     "alpaca_instruction": Template(_alpaca_instruction, joint="\n", end="\n"),
 }

@@ -1,9 +1,4 @@
-"""Records of parquet, arrow, JSON, JSON-lines, CSV and text files, one at a time.
-
-`read_rows` gives the columns of any of them. `read_records` gives the text columns `instruction`,
-`input` and `output` of an Alpaca-schema record; a column `text` (the rendered prompt of the
-published data set) and any others are ignored: the kit renders records itself.
-"""
+"""Records of parquet, arrow, JSON, JSON-lines, CSV and text files, one at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -104,20 +99,6 @@ def text_of(row: Row, name: str, *, optional: bool = False) -> str:
         found = ", ".join(map(str, row.values))
         raise RecordError(f"{row.where}: column {name!r} is missing; found {found}")
     raise RecordError(f"{row.where}: column {name!r} = {short_repr(value)} is not text")
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """Yield the Alpaca-schema records of a file, folder or glob.
-
-    Raises:
-        InputError: see `read_rows`; or a record lacks a column.
-    """
-    for row in read_rows([path], only=("instruction", "input", "output")):
-        yield Record(
-            instruction=text_of(row, "instruction"),
-            input=text_of(row, "input", optional=True),
-            output=text_of(row, "output"),
-        )
 
 
 def _file_rows(file: Path, columns: Columns, damage: Damage | None) -> Iterator[Row]:

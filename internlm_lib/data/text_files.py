@@ -206,8 +206,8 @@ class _JsonText:
                 if self._read_on():
                     continue
                 raise ValueError(self._too_long() + problem) from None
-            if end < len(self._window) or not self._read_on():
-                break  # else a number may go on
+            if end + len("e-") < len(self._window) or not self._read_on():
+                break  # else the beginning of a number may have been taken for all of it
         start, self._at = self._at, end
         try:
             doubtful = self._bad_bytes or _ESCAPED_SURROGATE.search(self._window, start, end)
@@ -223,15 +223,21 @@ class _JsonText:
                 return self._window[self._at : self._at + 1]
 
     def _read_on(self) -> bool:
-        """Read as much as is in the window, so that a long value is decoded a few times only."""
+        """Read as much as is in the window, so that a long value is decoded a few times only.
+
+        Returns whether the window has grown; it has not, and is as it was, at the text's end.
+        """
         rest = len(self._window) - self._at
         if rest > MAX_RECORD_BYTES:
             return False
-        block = self._stream.read(max(_BLOCK_BYTES, rest))
-        text = self._utf8.decode(block, final=not block)
-        self._bad_bytes |= _has_surrogates(text)
-        self._window, self._at = self._window[self._at :] + text, 0
-        return bool(block)
+        block, text = b"-", ""
+        while block and not text:  # a block may end, or be, inside of a character
+            block = self._stream.read(max(_BLOCK_BYTES, rest))
+            text = self._utf8.decode(block, final=not block)
+        if text:
+            self._bad_bytes |= _has_surrogates(text)
+            self._window, self._at = self._window[self._at :] + text, 0
+        return bool(text)
 
     def _too_long(self) -> str:
         too_long = len(self._window) - self._at > MAX_RECORD_BYTES

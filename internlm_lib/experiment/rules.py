@@ -222,6 +222,15 @@ def _sequence_fits(e: Experiment) -> Iterator[str]:
         )
 
 
+@_rule("data.train_path", "data.blend")
+def _one_source_of_records(e: Experiment) -> Iterator[str]:
+    if e.data.train_path and e.data.blend:
+        yield (
+            "data.train_path and data.blend are both set; records come from the one or from the "
+            "parts of the other: set train_path to null, or leave blend empty"
+        )
+
+
 @_rule("data.split")
 def _something_to_train_on(e: Experiment) -> Iterator[str]:
     if float(e.data.split.split(",")[0]) == 0:

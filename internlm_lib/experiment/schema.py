@@ -65,14 +65,35 @@ class ModelSection(Section):
         return self.model_dump(include=names | {"vocab_size"})
 
 
+class BlendPart(Section):
+    """One of several sources of records."""
+
+    path: Text
+    """As `data.train_path`."""
+    weight: Positive = 1.0
+    """Share of the training's samples, relative to the other parts'."""
+
+
 class DataSection(Section):
     train_path: Text | None = None
-    """Alpaca-schema parquet, JSON or JSON-lines file, or folder of them; null: the pocket world."""
+    """Records: a file, folder or glob of parquet, arrow, json, jsonl, csv or txt, each plain or
+    packed (.gz, .zst); null: the pocket world."""
+    blend: tuple[BlendPart, ...] = ()
+    """Several sources, mixed by weight (megatron-core's BlendedDataset), instead of train_path."""
     tokenizer_model: Text | None = None
     """sentencepiece `tokenizer.model`; null trains one of `model.vocab_size` pieces on the data."""
-    prompt_template: Literal["alpaca", "ascendspeed", "question_answer"] = "alpaca"
-    """How a record becomes text: Stanford Alpaca's, the predecessor's (byte-compatible), or the
-    `Question: … Answer: …` form the evaluation asks in."""
+    handler: Text = "alpaca"
+    """What makes a document of a record: `pretrain` (column text), `alpaca`, `alpaca_predecessor`
+    (byte-compatible), `question_answer` (the form the evaluation asks in), `alpaca_instruction` and
+    `conversation` (answers trained only), `conversation_legacy`, or your own, named as
+    `package.module:Class` (see `data/handlers.py`)."""
+    columns: dict[Text, Text] = {}
+    """Column that a handler reads → the records' own name of it, e.g. {instruction: question}."""
+    on_damage: Literal["stop", "count"] = "stop"
+    """A record that cannot be used: stop, with its file and row; or leave it out and count it."""
+    pack: Flag = True
+    """Instruction data: several documents share a row of training.seq_length tokens; false: one
+    each, padded in training."""
     append_eod: Flag = True
     """Close every document with `</s>`."""
     split: Annotated[Text, Field(pattern=r"^\d+(\.\d+)?(,\d+(\.\d+)?){2}$")] = "949,50,1"

@@ -244,21 +244,30 @@ def accuracy_figure(
 
 
 @style()
-def length_histogram(lengths: Sequence[int], *, seq_length: int | None = None) -> "Figure":
-    """Distribution of the documents' lengths in tokens; a line marks the training's samples."""
+def length_histogram(
+    lengths: Mapping[int, int], *, seq_length: int | None = None, what: str = "documents"
+) -> "Figure":
+    """Distribution of lengths in tokens; a line marks the training's samples.
+
+    Args:
+        lengths: length → how many have it.
+        what: has these lengths, in the plural.
+    """
     figure = empty_figure(7.0, 4.0)
     axes = figure.subplots()
-    values, counts = _distinct(lengths)
+    values = sorted(lengths)
+    counts = [lengths[value] for value in values]
     if len(values) <= 60:  # one bar per length is exact; bins would show a comb of gaps
         axes.bar(values, counts, width=0.9, **REFERENCE.bar)
     else:
-        axes.hist(lengths, bins=60, **REFERENCE.bar)
-    if seq_length is not None and seq_length <= 2 * max(lengths):
+        axes.hist(values, weights=counts, bins=60, **REFERENCE.bar)
+    if seq_length is not None and seq_length <= 2 * values[-1]:
         axes.axvline(
             seq_length, color=VERMILION, linestyle="--", label=f"one sample: {seq_length} tokens"
         )
         axes.legend()
-    label_axes(axes, f"Length of {len(lengths):,} documents", "tokens per document", "documents")
+    title = f"Length of {sum(counts):,} {what}"
+    label_axes(axes, title, f"tokens per {what.removesuffix('s')}", what)
     return figure
 
 
@@ -307,10 +316,3 @@ def percent(fraction: float) -> str:
     if 0 < size < 1e-6:
         return f"{fraction:.2g}"
     return f"{100 * fraction:,.0f} %" if size >= 10 else f"{100 * fraction:.3g} %"
-
-
-def _distinct(values: Sequence[int]) -> tuple[list[int], list[int]]:
-    import numpy
-
-    distinct, counts = numpy.unique(numpy.asarray(values), return_counts=True)
-    return distinct.tolist(), counts.tolist()

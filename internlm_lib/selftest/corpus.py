@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from internlm_lib.data.indexed import indexed_writer
 from internlm_lib.data.pocket import make_pocket_world
-from internlm_lib.data.prompts import template
+from internlm_lib.data.prompts import TEMPLATES
 
 if TYPE_CHECKING:
     from internlm_lib.experiment.schema import ModelSection
@@ -19,7 +19,7 @@ _BOS, _EOS = 1, 2
 
 def write_corpus(prefix: Path, seed: int) -> None:
     """The pocket world's documents as token files at `prefix`."""
-    form = template("question_answer")
+    form = TEMPLATES["question_answer"]
     with indexed_writer(prefix, VOCABULARY) as writer:
         for record in make_pocket_world(seed).records:
             body = [byte + 3 for byte in form.document(record).encode()]

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from internlm_lib.data.prompts import template
-from internlm_lib.data.records import Record, read_records
+from internlm_lib.data.corpora import sources_of
+from internlm_lib.data.handlers import handler
+from internlm_lib.data.questioning import Prompt, given_prompt, prompt_of
+from internlm_lib.data.records import Damage, Row, read_rows
+from internlm_lib.data.tokenizer import Tokenizer
 from internlm_lib.errors import KitError
 from internlm_lib.files import read_json, write_json
 from internlm_lib.generation.inference import inference_layout, weight_sets
@@ -18,18 +21,6 @@ from internlm_lib.generation.worker import prompts_path, texts_path
 from internlm_lib.ranks.launch import launch
 from internlm_lib.stages.stage import Stage
 from internlm_lib.training.nodes import device_name
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A question put to the model."""
-
-    question: str
-    """Instruction and input, as they are shown."""
-    text: str
-    """The same in the training's template, up to where the answer begins."""
-    expected: str | None
-    """The record's own answer; None for a prompt of `generation.prompts`."""
 
 
 @dataclass(frozen=True)
@@ -50,21 +41,15 @@ class Answer:
 
 
 def choose_prompts(stage: Stage) -> list[Prompt]:
-    """`generation.prompts`, or `num_prompts` questions spread evenly over the training records."""
-    given = stage.experiment.generation.prompts
-    if given:
-        records = iter([Record(text, "", "") for text in given])
-    else:
-        records = _evenly_spread(stage)
-    form = template(stage.experiment.data.prompt_template)
-    return [
-        Prompt(
-            question="\n".join(filter(None, (record.instruction, record.input))),
-            text=form.prompt(record.instruction, record.input),
-            expected=None if given else record.output,
-        )
-        for record in records
-    ]
+    """`generation.prompts`, or questions of `num_prompts` records spread evenly over all of them.
+
+    Raises InputError if `data.handler` cannot ask.
+    """
+    tokenizer = Tokenizer(stage.needs(stage.folder.tokenizer, "01_prepare"))
+    made = handler(stage.experiment.data.handler, tokenizer)
+    if given := stage.experiment.generation.prompts:
+        return [given_prompt(made, text) for text in given]
+    return [prompt_of(made, row, tokenizer) for row in _evenly_spread(stage)]
 
 
 def prompt_rows(prompts: list[Prompt]) -> list[dict[str, Any]]:
@@ -144,15 +129,20 @@ def run(stage: Stage, show: Callable[[str], None] = lambda text: None) -> dict[s
     return summarize(answers)
 
 
-def _evenly_spread(stage: Stage) -> Iterator[Record]:
-    data, folder = stage.experiment.data, stage.folder
-    path = folder.root / data.train_path if data.train_path else folder.data / "records.parquet"
-    stage.needs(path, "01_prepare")
-    # Twice through the file, so that one of any size is never held in memory.
-    count = sum(1 for _ in read_records(path))
+def _evenly_spread(stage: Stage) -> Iterator[Row]:
+    data = stage.experiment.data
+    sources = [source.path for source in sources_of(data, stage.folder)]
+    if sources == [stage.folder.pocket_records]:
+        stage.needs(sources[0], "01_prepare")
+
+    def rows() -> Iterator[Row]:
+        return read_rows(sources, columns=data.columns, on_damage=data.on_damage, damage=Damage())
+
+    # Twice through the files, so that those of any size are never held in memory.
+    count = sum(1 for _ in rows())
     number = min(stage.experiment.generation.num_prompts, count)
     chosen = {i * count // number for i in range(number)}
-    return (record for i, record in enumerate(read_records(path)) if i in chosen)
+    return (row for i, row in enumerate(rows()) if i in chosen)
 
 
 def _checkpoints(stage: Stage) -> Any:

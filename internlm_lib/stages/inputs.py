@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from internlm_lib import provenance
-from internlm_lib.experiment.schema import Experiment
+from internlm_lib.data.corpora import sources_of
+from internlm_lib.data.files import source_files
+from internlm_lib.errors import InputError
+from internlm_lib.experiment.schema import DataSection, Experiment
 from internlm_lib.files import read_json, sha256_of, sha256_of_json, write_json
 from internlm_lib.reporting.sources import source_path
 from internlm_lib.run_folder import RunFolder
@@ -56,8 +59,7 @@ READS: dict[str, Reads] = {
     ),
 }
 
-_PATH_KEYS = ("model.weights", "data.train_path", "data.tokenizer_model",
-              "evaluation.questions_path")  # fmt: skip
+_PATH_KEYS = ("model.weights", "data.tokenizer_model", "evaluation.questions_path")
 _HASHED_WHOLE_BYTES = 64 << 20
 _MISSING = "missing"
 
@@ -107,11 +109,23 @@ def _files(reads: Reads, values: dict[str, Any], folder: RunFolder) -> Iterator[
         named = _at(values, key)
         if named and any(f"{key}.".startswith(f"{read}.") for read in reads.keys):
             yield folder.root / named
+    if "data" in reads.keys:
+        yield from _records(values["data"], folder)
     for key in ("parallel.reference_run", "parallel.candidate_run"):
         if key in reads.keys and (source := _at(values, key)):
             yield source_path(source, folder.root)
     if reads.parity:
         yield folder.parity
+
+
+def _records(data: dict[str, Any], folder: RunFolder) -> Iterator[Path]:
+    """Files of records; what is not there, as it is named."""
+    section = DataSection.model_validate(data)
+    for source in sources_of(section, folder) if section.train_path or section.blend else ():
+        try:
+            yield from source_files([source.path])
+        except InputError:  # the stage's to report
+            yield source.path
 
 
 def _fingerprint(path: Path) -> list[list[Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from internlm_lib.data.indexed import token_files
+from internlm_lib.data.corpora import recorded_corpora
 from internlm_lib.devices import select_device
 from internlm_lib.devices.base import check_world_size
 from internlm_lib.errors import KitError
@@ -36,7 +36,7 @@ def check_inputs(stage: Stage) -> list[dict[str, Any]]:
         MissingStageError: token files or converted weights are not there.
         InputError: too few devices on this machine.
     """
-    for path in token_files(stage.folder.corpus_prefix):
+    for path in recorded_corpora(stage.folder).files():
         stage.needs(path, "01_prepare")
     stage.needs(starting_folder(stage.folder, stage.experiment.model), "02_convert")
     training, device = stage.experiment.training, select_device(stage.experiment.parallel.device)

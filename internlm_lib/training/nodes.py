@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from internlm_lib.data.indexed import token_files
+from internlm_lib.data.corpora import recorded_corpora
 from internlm_lib.devices import select_device
 from internlm_lib.devices.base import check_world_size
 from internlm_lib.errors import InputError, MissingStageError
@@ -260,7 +260,7 @@ def _notes(plan: LaunchPlan, experiment: Experiment, role: str) -> list[str]:
 
 def _missing(folder: RunFolder, experiment: Experiment) -> str:
     """Says what the ranks would not find, and what makes it; "" if all is there."""
-    needed = {path: "01_prepare" for path in token_files(folder.corpus_prefix)}
+    needed = {path: "01_prepare" for path in recorded_corpora(folder).files()}
     needed[starting_folder(folder, experiment.model)] = "02_convert"
     absent = {path: stage for path, stage in needed.items() if not path.exists()}
     if not absent:

@@ -62,6 +62,7 @@ def _train(
     from megatron.core import parallel_state
 
     from internlm_lib.data.batches import BatchStream, build_datasets
+    from internlm_lib.data.corpora import recorded_corpora
     from internlm_lib.engines.stopwatch import time_collectives
     from internlm_lib.model.build import build_chunks
     from internlm_lib.model.parallel import initialize_parallel, is_rank_zero, shutdown
@@ -77,8 +78,9 @@ def _train(
         timeout_minutes=experiment.parallel.distributed_timeout_minutes,
     )  # fmt: skip
     record = Journal(files.journal).write if is_rank_zero() else _record_nothing
+    corpora = recorded_corpora(folder)
     train_data, valid_data, test_data = build_datasets(
-        folder.corpus_prefix, experiment.data, training, experiment.model.vocab_size
+        corpora.blend, experiment.data, training, experiment.model.vocab_size, kind=corpora.kind
     )
     chunks = build_chunks(experiment.model, layout, training, device)
     weights = starting_folder(folder, experiment.model)

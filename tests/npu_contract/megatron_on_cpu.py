@@ -46,10 +46,10 @@ def main() -> None:
 
 
 def sources() -> dict[str, Path]:
-    """The loaded modules of megatron-core, and the files they were read from."""
+    """The loaded modules of megatron-core in Python, and the files they were read from."""
     loaded = {n: m for n, m in sorted(sys.modules.items()) if n.startswith("megatron.core")}
     files = {name: getattr(module, "__file__", None) for name, module in loaded.items()}
-    return {name: Path(file) for name, file in files.items() if file}
+    return {name: Path(file) for name, file in files.items() if file and file.endswith(".py")}
 
 
 def is_left(what: str, place: str) -> bool:

@@ -1,5 +1,6 @@
 """`make env`: which packages it would install, with and without NPU=1."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -13,9 +14,11 @@ VENV, CONDA = "CONDA=", "CONDA=conda"
 
 def commands(repository: Path, *variables: str) -> list[str]:
     """What make would run, one line a command, whatever is built here already."""
+    # Under `make test` make would take this one for a part of itself.
+    environment = {n: v for n, v in os.environ.items() if n not in ("MAKEFLAGS", "MAKELEVEL")}
     done = subprocess.run(
         ["make", "--dry-run", "--always-make", "env", *variables],
-        cwd=repository, capture_output=True, text=True, check=True,
+        cwd=repository, capture_output=True, text=True, check=True, env=environment,
     )  # fmt: skip
     return done.stdout.replace("\\\n", " ").splitlines()
 

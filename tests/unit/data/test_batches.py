@@ -301,6 +301,16 @@ def test_a_corpus_written_anew_is_not_read_in_the_earlier_ones_order(prefix: Pat
     assert all(len(after[number]["tokens"]) == SEQUENCE for number in range(len(after)))
 
 
+def test_an_index_of_another_split_is_not_taken(prefix: Path) -> None:
+    """AscendSpeed's caches did not know the split."""
+    hashes = set()
+    for split, documents in (("1,1,0", 20), ("1,3,0", 10), ("1,0,0", 40)):
+        dataset = build(prefix, split).train
+        assert set(dataset.document_index.tolist()) == set(range(documents))
+        hashes.add(dataset.order_sha256)
+    assert len(hashes) == 3
+
+
 def test_equally_long_documents_written_anew_get_an_index_of_their_own(prefix: Path) -> None:
     """The index would serve, but its hash would be that of other data."""
     before = build(prefix).train.order_sha256

@@ -90,7 +90,9 @@ def test_a_period_does_not_change_what_comes_before_its_end(
 
     whole = build(blend, train_iters=STEPS).train
     monkeypatch.setattr(module, "PERIOD", 90)
-    assert tokens_of(build(blend, train_iters=STEPS).train)[:90] == tokens_of(whole)[:90]
+    repeating = build(blend, train_iters=STEPS).train
+    assert tokens_of(repeating)[:90] == tokens_of(whole)[:90]
+    assert repeating.order_sha256 != whole.order_sha256
 
 
 def test_the_hash_of_the_order(blend: Blend, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import pyarrow.parquet
 import pytest
 
 from internlm_lib.data.pocket import PocketWorld, make_pocket_world, write_pocket_world
-from internlm_lib.data.prompts import template
+from internlm_lib.data.prompts import TEMPLATES
 from internlm_lib.data.questions import Question, read_subjects
-from internlm_lib.data.records import read_records
+from internlm_lib.data.records import Record, read_rows, text_of
 from internlm_lib.files import sha256_of
 
 SEEDS = (1, 7, 1234)
@@ -35,7 +35,9 @@ def test_equal_seeds_give_equal_bytes_and_others_do_not(tmp_path: Path) -> None:
 
 def test_files_hold_the_world(world: PocketWorld, tmp_path: Path) -> None:
     write_pocket_world(world, tmp_path)
-    assert tuple(read_records(tmp_path / "records.parquet")) == world.records
+    rows = read_rows([tmp_path / "records.parquet"])
+    names = ("instruction", "input", "output")
+    assert tuple(Record(*(text_of(row, n) for n in names)) for row in rows) == world.records
     assert tuple(read_subjects(tmp_path / "questions")) == world.subjects
 
 
@@ -50,7 +52,7 @@ def test_text_column_is_rendered_as_in_the_published_data_set(tmp_path: Path) ->
 
 
 def test_no_question_is_in_the_training_text(world: PocketWorld) -> None:
-    rendered = (template("question_answer").document(record) for record in world.records)
+    rendered = (TEMPLATES["question_answer"].document(record) for record in world.records)
     text = "\n".join(rendered).lower()
     assert not [q.text for q in all_questions(world) if q.text.lower() in text]
 

@@ -4,9 +4,8 @@ import hashlib
 
 import pytest
 
-from internlm_lib.data.prompts import TEMPLATES, template
+from internlm_lib.data.prompts import TEMPLATES
 from internlm_lib.data.records import Record
-from internlm_lib.errors import InputError
 
 
 def sha256(text: str) -> str:
@@ -21,12 +20,12 @@ def sha256(text: str) -> str:
     ],
 )
 def test_alpaca_is_stanfords_training_template(input_text: str, length: int, digest: str) -> None:
-    prompt = template("alpaca").prompt("{instruction}", input_text)
+    prompt = TEMPLATES["alpaca"].prompt("{instruction}", input_text)
     assert (len(prompt), sha256(prompt)) == (length, digest)
 
 
 def test_alpaca_output_follows_the_header_directly() -> None:
-    document = template("alpaca").document(Record("Add.", "1 2", "3"))
+    document = TEMPLATES["alpaca"].document(Record("Add.", "1 2", "3"))
     assert document.endswith("\n\n### Input:\n1 2\n\n### Response:3")
 
 
@@ -48,35 +47,30 @@ def test_alpaca_output_follows_the_header_directly() -> None:
 def test_ascendspeed_is_the_predecessors_text_to_the_byte(
     record: Record, length: int, digest: str
 ) -> None:
-    document = template("ascendspeed").document(record)
+    document = TEMPLATES["alpaca_predecessor"].document(record)
     assert (len(document), sha256(document)) == (length, digest)
 
 
 def test_alpaca_instruction_is_the_predecessors_text_to_the_byte() -> None:
     """The facts give the beginnings of the hashes."""
-    document = template("alpaca_instruction").document(Record("Add.", "1 2", "3"))
+    document = TEMPLATES["alpaca_instruction"].document(Record("Add.", "1 2", "3"))
     system = document.split("\n")[1]
     assert (len(system), sha256(system)[:16]) == (242, "75694f78b6ebe6f7")
     assert (len(document), sha256(document)[:16]) == (286, "3e698b3993d8cedd")
-    without = template("alpaca_instruction").document(Record("Say hi.", "", "hi"))
+    without = TEMPLATES["alpaca_instruction"].document(Record("Say hi.", "", "hi"))
     assert without.endswith("### Instruction:\nSay hi.\n\n### Response:\nhi\n")
 
 
 def test_question_answer_joins_instruction_and_input_with_a_line_break() -> None:
-    question_answer = template("question_answer")
+    question_answer = TEMPLATES["question_answer"]
     assert question_answer.document(Record("Add.", "1 2", "3")) == "Question: Add.\n1 2\nAnswer: 3"
     assert question_answer.document(Record("Say hi.", "", "hi")) == "Question: Say hi.\nAnswer: hi"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_document_is_prompt_joint_output_and_no_prompt_ends_in_a_blank(name: str) -> None:
-    chosen = template(name)
+    chosen = TEMPLATES[name]
     for record in (Record("Do.", "it", "done"), Record("Do.", "", "done")):
         prompt = chosen.prompt(record.instruction, record.input)
         assert chosen.document(record) == prompt + chosen.joint + "done" + chosen.end
         assert prompt == prompt.rstrip()
-
-
-def test_unknown_template_names_the_allowed_ones() -> None:
-    with pytest.raises(InputError, match="'vicuna': allowed are alpaca, ascendspeed, question_ans"):
-        template("vicuna")

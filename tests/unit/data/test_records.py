@@ -1,6 +1,7 @@
 """Alpaca-schema records: every accepted form, and errors that name file, row and column."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from internlm_lib.data.records import Record, RecordError, Row, read_records, text_of
+from internlm_lib.data.records import Record, RecordError, Row, read_rows, text_of
 from internlm_lib.errors import InputError
 
 ROWS: list[dict[str, Any]] = [
@@ -16,6 +17,13 @@ ROWS: list[dict[str, Any]] = [
     {"instruction": "Say hi.", "input": "", "output": "hi\n“there”", "text": "ignored"},
 ]
 RECORDS = [Record("Add.", "1 2", "3"), Record("Say hi.", "", "hi\n“there”")]
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The columns of Alpaca's schema, whatever others there are."""
+    names = ("instruction", "input", "output")
+    for row in read_rows([path], only=names):
+        yield Record(*(text_of(row, name, optional=name == "input") for name in names))
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:

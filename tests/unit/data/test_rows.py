@@ -116,6 +116,8 @@ def test_columns_are_mapped(tmp_path: Path, kind: str) -> None:
         "answer": "Add.",
     }, "swapped"
     assert first({"question": "answer"}) == {"question": "3", "context": "1 2"}, "hidden"
+    rows = read_rows([file], columns={"input": "context"})
+    assert [row.values["input"] for row in rows] == ["1 2", "", "\ttab"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "txt"])
@@ -123,6 +125,9 @@ def test_a_mapped_column_that_is_missing(tmp_path: Path, kind: str) -> None:
     rows = [{"text": "a"}] if kind == "txt" else ROWS
     file = write(tmp_path / f"a.{kind}", rows)
     found = ", ".join(rows[0])
+    if kind in ("parquet", "arrow", "csv"):  # which name their columns in front
+        with pytest.raises(InputError, match=r"column 'reply' \(mapped to 'o'\) is missing"):
+            next(read_rows([file], columns={"o": "reply"}))
     for on_damage in ("stop", "count"):
         reader = read_rows([file], columns={"o": "reply"}, on_damage=on_damage, damage=Damage())
         with pytest.raises(

@@ -149,6 +149,20 @@ def test_what_python_writes_as_json_is_read(tmp_path: Path) -> None:
     assert read(tmp_path / "a.json", json.dumps(rows).encode()) == (rows, [])
 
 
+def test_json_lists_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "_BLOCK_BYTES", 1)  # numbers are cut at every digit
+    rows, damage = read(tmp_path / "a.json", b'[12, 3.5e2, "x", {"a": 67}, null]')
+    assert rows == [{"a": 67}]
+    kinds = enumerate(["int", "float", "str", "dict", "NoneType"])
+    expected = [f"row {n}: expected an object of columns, found {kind}" for n, kind in kinds]
+    assert damage == [*expected[:3], expected[4]]
+
+
+def test_half_of_an_escaped_pair_in_a_json_list(tmp_path: Path) -> None:
+    rows, damage = read(tmp_path / "a.json", rb'[{"a": "\ud83d"}, {"a": "\ud83d\ude00"}]')
+    assert rows == [{"a": "\U0001f600"}] and places(damage) == ["row 0"]
+
+
 def test_records_of_a_json_list_that_are_damaged(tmp_path: Path) -> None:
     content = b'[{"a": "1"}, {"a": "\xff"}, "x", {"b": "\\ud800"}, {"\xc3\xa9": "5"}, {"\xc3": 6}]'
     rows, damage = read(tmp_path / "a.json", content)

@@ -6,19 +6,16 @@ from typing import Any
 
 import pytest
 
-from internlm_lib.data.pocket import make_pocket_world, write_pocket_world
-from internlm_lib.data.prompts import template
+from internlm_lib.data.pocket import make_pocket_world
+from internlm_lib.data.prompts import TEMPLATES
 from internlm_lib.data.questions import Question, Subject
-from internlm_lib.data.records import read_records
 from internlm_lib.data.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder: Path = tmp_path_factory.mktemp("tokenizer")
-    write_pocket_world(make_pocket_world(1), folder)
-    records = read_records(folder / "records.parquet")
-    documents = map(template("question_answer").document, records)
+    documents = map(TEMPLATES["question_answer"].document, make_pocket_world(1).records)
     return train_tokenizer(documents, 400, folder / "tokenizer.model")
 
 

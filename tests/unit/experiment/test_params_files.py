@@ -303,9 +303,9 @@ def test_the_faults_of_the_scripts_are_corrected(params: str) -> None:
     assert experiment.model.layernorm_epsilon == 1e-6
     assert experiment.optimizer.clip_grad == 1.0
     assert experiment.optimizer.predecessor_decay is False
-    assert experiment.data.prompt_template == "ascendspeed"
+    assert experiment.data.handler == "alpaca_predecessor"
     assert experiment.training.recompute_granularity is None
-    for key in ("model.layernorm_epsilon", "training.save_interval", "data.prompt_template",
+    for key in ("model.layernorm_epsilon", "training.save_interval", "data.handler",
                 "optimizer.predecessor_decay"):  # fmt: skip
         assert "corrected" in why[key], key
 

@@ -34,6 +34,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         "parallel.environment.HCCL_DETERMINISTIC = 'false' with training.deterministic_mode = "
         "true; leave it out, or use true or strict",
     ),
+    "records of one source and of several": (
+        {"data.train_path": "a.jsonl", "data.blend": [{"path": "b.jsonl"}]},
+        "data.train_path and data.blend are both set; records come from the one or from the parts "
+        "of the other: set train_path to null, or leave blend empty",
+    ),
     "a rollback without checkpoints": (
         {"training.bad_step_policy": "rollback", "training.max_restarts": 1},
         "training.bad_step_policy = 'rollback' needs checkpoints to go back to; set "
@@ -346,6 +351,7 @@ KEPT: dict[str, dict[str, Any]] = {
     },
     "recomputation chosen by memory": {"training.auto_recompute_device_memory_mib": 46080},
     "a reference from another run": {"parallel.reference_run": "gpu"},
+    "records of several sources": {"data.blend": [{"path": "a.jsonl", "weight": 2.0}]},
     "variables of two devices": {
         "parallel.environment": {"HCCL_CONNECT_TIMEOUT": "7200", "NCCL_ALGO": "Ring"},
     },

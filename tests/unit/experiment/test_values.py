@@ -230,7 +230,7 @@ def test_text_that_spells_a_number_is_that_number(key: str, text: Any, value: fl
         ("optimizer.min_loss_scale", 0, "greater than 0"),
         ("training.lr_decay_style", "cosin", "'constant', 'linear' or 'cosine'"),
         ("training.recompute_granularity", "none", "'full' or 'selective'"),
-        ("data.prompt_template", "belle", "'alpaca', 'ascendspeed' or 'question_answer'"),
+        ("data.on_damage", "skip", "'stop' or 'count'"),
         ("parallel.device", "gpu", "'auto', 'cpu', 'cuda' or 'npu'"),
         ("parallel.candidate.engine", "torch", "'megatron' or 'deepspeed'"),
     ],

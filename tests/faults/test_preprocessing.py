@@ -84,6 +84,17 @@ class Place:
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         return path
 
+    def wait_for_commits(self, process: "subprocess.Popen[str]", count: int) -> None:
+        """Until a running command has made so many more: nobody knows how far seconds go."""
+        before, deadline = self._commits(), time.monotonic() + SECONDS
+        while self._commits() < before + count:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def _commits(self) -> int:
+        journal = self.output / ".c.preprocessing" / "journal.jsonl"
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
     def left(self) -> list[str]:
         """Files at the prefix, hidden ones included."""
         return sorted(path.name for path in self.output.iterdir()) if self.output.exists() else []
@@ -198,9 +209,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(
     place: Place, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     source = place.write("records.jsonl")
-    began = time.monotonic()
     whole = place.run(source, *options)
-    seconds = time.monotonic() - began
     hashes = {path.name: sha256_of(path) for path in place.output.glob("c*.[bi]*")}
     assert len(hashes) in (2, 8)
     place.output.rename(tmp_path / "whole")
@@ -209,7 +218,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(
     most = 0
     for _ in range(5):
         process = place.start(source, *options)
-        time.sleep(moments.uniform(0.3, 0.95) * seconds)
+        place.wait_for_commits(process, moments.randrange(1, 9))
+        time.sleep(moments.uniform(0, 0.02))
         most = max(most, len(place.family()))
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=SECONDS)
@@ -231,11 +241,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_files(
 def test_an_interrupted_call_ends_its_workers_and_keeps_its_work(place: Place) -> None:
     source = place.write("records.jsonl", RECORDS * 4)
     process = place.start(source, *PROCESSES, prepare=heed_interrupts)
-    journal = place.output / ".c.preprocessing" / "journal.jsonl"
-    deadline = time.monotonic() + SECONDS
-    while not (journal.exists() and journal.read_text().count("\n") > 1):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    place.wait_for_commits(process, 2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 1 and json.loads(out)["error"]["kind"] == "Interrupted", err

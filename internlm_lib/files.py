@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
         sync(path.parent, recursive=False)
     finally:
         _remove(temporary)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what `atomic_path` left in a folder where its process was killed. Nobody else may be
+    writing there."""
+    for path in list(folder.rglob(".*.tmp*")):
+        if re.fullmatch(r"\..+\.\d+\.tmp(\..+)?", path.name):
+            _remove(path)
 
 
 def write_text(path: Path, text: str) -> Path:

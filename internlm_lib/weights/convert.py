@@ -25,7 +25,7 @@ from torch import Tensor
 from internlm_lib import __version__
 from internlm_lib.errors import InputError, KitError
 from internlm_lib.experiment.schema import ModelSection
-from internlm_lib.files import sha256_of, sync
+from internlm_lib.files import remove_abandoned, sha256_of, sync
 from internlm_lib.model.precision import STORED_DTYPES
 from internlm_lib.weights.checkpoint import Checkpoint
 from internlm_lib.weights.formats import FORMATS, open_checkpoint, open_for_writing
@@ -261,6 +261,7 @@ class _Work:
         if lines and lines[0] == head:
             if not text.endswith("\n"):  # torn: what follows must not be read as part of it
                 self._note([""])
+            remove_abandoned(self._folder)
             return {entry["tensor"]: entry["sha256"] for entry in map(_entry, lines[1:]) if entry}
         for path in self._folder.iterdir():
             if path.name != _JOURNAL:

@@ -261,6 +261,8 @@ def test_a_conversion_killed_while_it_counts_checksums_reads_no_tensor_again(
     told.process.kill()
     told.process.wait()
     assert_no_target(target)
+    # As if it had been killed a moment earlier, while it wrote.
+    (working_folder(target) / ".config.4640.tmp.json").write_text("{")
     convert(plan_conversion(source, target, CLASSIC))
     assert were_read == set()
     assert contents(target) == contents(uninterrupted["classic"])

@@ -198,6 +198,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_past_a_damaged_checkpoint(
         f"{state.name} is not what was written",
     )
     resumed = [event for event in events if event["event"] == "start"][-1]
-    assert resumed["first_step"] == len(before) // 10 * 10 + 1
+    # The newest checkpoint is of the last step, which may be one of those that are saved anyway.
+    assert resumed["first_step"] == (len(before) - 1) // 10 * 10 + 1
     after = training_steps(files.journal)[: len(before)]
     assert [step["loss"] for step in after] == [step["loss"] for step in before]
